@@ -1,0 +1,22 @@
+# make distill: a new environment, then the demonstration. make test: a new environment, then all tests.
+PYTHON ?= python3
+
+distill: .venv/run
+	.venv/bin/python distill.py --overwrite
+
+test: .venv/dev
+	.venv/bin/pytest
+
+lint: .venv/dev
+	.venv/bin/ruff check .
+
+.venv/run: requirements.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --requirement requirements.txt
+	touch $@
+
+.venv/dev: requirements-dev.txt .venv/run
+	.venv/bin/pip install --quiet --requirement requirements-dev.txt
+	touch $@
+
+.PHONY: distill test lint
