@@ -14,12 +14,12 @@ import dataclasses
 import json
 import logging
 import os
+import pickle
 import re
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -84,24 +84,21 @@ class BertConfig:
                 raise InputError(f"{path}: {key} is {raw[key]!r}; only {expected!r} is supported: give a plain BERT")
         values = {}
         for field in dataclasses.fields(cls):
-            if field.name not in raw:
-                if field.default is dataclasses.MISSING:
-                    raise InputError(f"{path}: {field.name} is missing; this is not the config.json of a BERT")
-                continue
-            value = raw[field.name]
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if field.type is int and not (isinstance(value, int) and number and 0 <= value < 2**31):
-                raise InputError(f"{path}: {field.name} is {value!r}; it must be a whole number, 0 or more")
-            if field.type is float and not (number and 0 <= value < 1):  # probabilities, epsilon, standard deviation
-                raise InputError(f"{path}: {field.name} is {value!r}; it must be a number from 0 to below 1")
-            values[field.name] = value
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-                     "max_position_embeddings", "type_vocab_size"):
-            if values.get(name) == 0:
-                raise InputError(f"{path}: {name} is 0; it must be at least 1")
-        if values.get("hidden_act", "gelu") not in ACTIVATIONS:
-            raise InputError(f"{path}: hidden_act {values['hidden_act']!r} is unknown; known are {', '.join(ACTIVATIONS)}")
-        if "attention_head_size" not in values and values["hidden_size"] % values["num_attention_heads"]:
+            name, value = field.name, raw.get(field.name)
+            if value is None:
+                value = field.default
+            if value is dataclasses.MISSING:
+                raise InputError(f"{path}: {name} is missing; this is not the config.json of a BERT")
+            least = 0 if name in ("attention_head_size", "pad_token_id") else 1
+            most = 1000 if name == "num_hidden_layers" else 10**6  # beyond any BERT; a damaged file must not hang us
+            if field.type is int and not (type(value) is int and least <= value <= most):
+                raise InputError(f"{path}: {name} is {value!r}; it must be a whole number from {least} to {most}")
+            if field.type is float and not (type(value) in (int, float) and 0 <= value < 1):
+                raise InputError(f"{path}: {name} is {value!r}; it must be a number from 0 to below 1")
+            if field.type is str and value not in list(ACTIVATIONS):
+                raise InputError(f"{path}: {name} {value!r} is unknown; known are {', '.join(ACTIVATIONS)}")
+            values[name] = field.type(value)
+        if not values["attention_head_size"] and values["hidden_size"] % values["num_attention_heads"]:
             raise InputError(f"{path}: hidden_size {values['hidden_size']} is not a multiple of num_attention_heads "
                              f"{values['num_attention_heads']}")
         return cls(**values)
@@ -128,13 +125,14 @@ class Sliceable(nn.Module):
         """Keep the units `keep` (int64 indices) of `axis`, in that order, and free the rest.
 
         Each tensor becomes a new Parameter rather than new data in the old one: autograd remembers the shape of a
-        parameter for as long as any graph that used it is alive, so a loss kept by a caller, or DistributedDataParallel,
-        would make the next backward pass fail.
+        parameter for as long as any graph that used it is alive, so a loss kept by a caller, or
+        DistributedDataParallel, would make the next backward pass fail.
         """
         for name, dimension in self.axes[axis].items():
             old = getattr(self, name)
             if old is not None:
                 new = nn.Parameter(old.detach().index_select(dimension, keep), requires_grad=old.requires_grad)
+                new.grad = None if old.grad is None else old.grad.index_select(dimension, keep)
                 setattr(self, name, new)
 
 
@@ -237,7 +235,10 @@ class Layer(nn.Module):
         self.heads = config.num_attention_heads
         self.attention_dropout = config.attention_probs_dropout_prob
         self.activation = ACTIVATIONS[config.hidden_act]
-        self.attention = nn.ModuleDict({"self": SelfAttention(config), "output": ResidualOutput(config.inner_size, config)})
+        self.attention = nn.ModuleDict({
+            "self": SelfAttention(config),
+            "output": ResidualOutput(config.inner_size, config),
+        })
         self.intermediate = nn.ModuleDict({"dense": Linear(config.hidden_size, config.intermediate_size)})
         self.output = ResidualOutput(config.intermediate_size, config)
 
@@ -306,7 +307,7 @@ class Output:
 
 
 class Bert(nn.Module):
-    """A BERT with or without pooler and masked-LM head, freshly initialised as BERT is (normal, `initializer_range`)."""
+    """A BERT with or without pooler and masked-LM head, freshly initialised as BERT is: normal, `initializer_range`."""
 
     def __init__(self, config: BertConfig, pooler: bool = True, head: bool = True):
         super().__init__()
@@ -320,7 +321,7 @@ class Bert(nn.Module):
     def forward(self, input_ids, positions=None, token_type_ids=None, attention_mask=None, want_scores=False) -> Output:
         """input_ids, token_type_ids, attention_mask (B,S); attention_mask 1 for a token, 0 for padding.
 
-        positions (M,) are indices into the flattened (B*S) batch: vocabulary logits are computed there and nowhere else.
+        positions (M,) are indices into the flattened (B*S) batch: vocabulary logits are computed there alone.
         """
         mask = None if attention_mask is None else attention_mask[:, None, None, :].bool()  # (B,1,1,S)
         x = embedding = self.bert.embeddings(input_ids, token_type_ids)
@@ -355,6 +356,8 @@ class Bert(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
+# Where weights may lie, best first
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 def read_json(path: Path) -> dict:
     """The JSON object in `path`; InputError where there is none."""
@@ -378,22 +381,21 @@ def find_model(name: str) -> Path:
 
     Only the files that are needed are fetched. Raises InputError, within 10 seconds where the hub is out of reach.
     """
-    folder = Path(name)
-    if folder.is_dir():
-        return folder
-    if folder.exists():
+    if os.path.isdir(name):
+        return Path(name)
+    if os.path.exists(name):
         raise InputError(f"{name} is a file; give the folder that holds it")
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise InputError(f"{name}: there is no such folder, and it is not the name of a model on the hub")
 
     def wanted(files: list[str]) -> list[str]:
-        choices = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-        weights = [w for w in choices if w in files][:1]
-        if not weights:
-            raise InputError(f"{name} on the hub holds none of {', '.join(choices)}")
+        weights = [w for w in WEIGHTS if w in files][:1]
+        others = [f for f in ("config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json") if f in files]
+        if not weights or others[:1] != ["config.json"] or not {"vocab.txt", "tokenizer.json"} & set(others):
+            raise InputError(f"{name} on the hub lacks config.json, a tokenizer or any of {', '.join(WEIGHTS)}")
         if weights[0].endswith(".index.json"):
             weights += [f for f in files if re.fullmatch(r"(pytorch_)?model-\d+-of-\d+\.(safetensors|bin)", f)]
-        return weights + [f for f in files if f in ("config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json")]
+        return weights + others
 
     return Path(hub_files(name, "model", wanted)[0])
 
@@ -405,19 +407,22 @@ def hub_files(name: str, kind: str, wanted) -> tuple[str, list[str]]:
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retry messages are not for our users
     try:
-        folder = snapshot_download(name, repo_type=kind, local_files_only=True)
-        cached = [str(p.relative_to(folder)) for p in Path(folder).rglob("*") if p.is_file()]
-        return folder, wanted(cached)
-    except (LocalEntryNotFoundError, InputError):
+        # Without patterns the library would miss the files that we never ask for
+        folder = snapshot_download(name, repo_type=kind, local_files_only=True, allow_patterns=[])
+        files = wanted([str(p.relative_to(folder)) for p in Path(folder).rglob("*") if p.is_file()])
+        parts = [int(count) for file in files for count in re.findall(r"-of-(\d+)\.", file)]
+        if len(parts) == max(parts, default=0):
+            return folder, files
+    except (LocalEntryNotFoundError, HFValidationError, InputError):
         pass  # not in the cache, or only a part of it
     try:
-        info = HfApi().repo_info(name, repo_type=kind, timeout=8)  # one request, no retries: quick to fail
+        info = HfApi().repo_info(name, repo_type=kind, timeout=5)  # one request, no retries: quick to fail
         files = wanted([sibling.rfilename for sibling in info.siblings])
-        return snapshot_download(name, repo_type=kind, revision=info.sha, allow_patterns=files), files
+        return snapshot_download(name, repo_type=kind, allow_patterns=files), files
     except InputError:
         raise
     except RepositoryNotFoundError:
@@ -433,10 +438,8 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     Torch files are opened with `weights_only=True`, which refuses to run code. Raises InputError.
     """
     folder = Path(folder)
-    for name in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"):
-        if (folder / name).is_file():
-            break
-    else:
+    name = next((name for name in WEIGHTS if (folder / name).is_file()), None)
+    if name is None:
         raise InputError(f"{folder} holds no model.safetensors and no pytorch_model.bin")
     files = [name]
     if name.endswith(".index.json"):
@@ -454,9 +457,12 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
                 part = load_file(folder / file)
             else:
                 part = torch.load(folder / file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:  # the message of torch explains how to run the code nevertheless
+            raise InputError(f"{folder / file} is damaged, or holds code beside tensors and was not opened") from None
         except Exception as error:  # damaged files raise everything from SafetensorError to UnicodeDecodeError
             raise InputError(f"{folder / file} is damaged or not a checkpoint: {one_line(error)}") from None
-        if not isinstance(part, dict) or not all(isinstance(t, torch.Tensor) for t in part.values()):
+        if not isinstance(part, dict) or not all(
+                isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in part.items()):
             raise InputError(f"{folder / file} does not hold a plain dictionary of tensors")
         tensors |= {key: tensor.float() for key, tensor in part.items()}
     return tensors
@@ -475,12 +481,14 @@ def load_model(folder: Path) -> Bert:
     """
     config = BertConfig.load(folder)
     tensors = {standard_name(name): tensor for name, tensor in read_tensors(folder).items()}
-    decoder_bias = tensors.pop("cls.predictions.decoder.bias", None)
-    if decoder_bias is not None:
-        tensors.setdefault("cls.predictions.bias", decoder_bias)
-    for name in list(tensors):  # the decoder is the word embeddings; the others are not weights of this model
-        if name in ("cls.predictions.decoder.weight", "bert.embeddings.position_ids") or name.startswith("cls.seq_relationship."):
-            del tensors[name]
+    ignored = r"bert\.embeddings\.position_ids|cls\.seq_relationship\..*"  # not weights of this model
+    tensors = {name: tensor for name, tensor in tensors.items() if not re.fullmatch(ignored, name)}
+    bias, decoder = (tensors.pop(f"cls.predictions.decoder.{kind}", None) for kind in ("bias", "weight"))
+    if bias is not None:
+        tensors.setdefault("cls.predictions.bias", bias)
+    if decoder is not None and not torch.equal(decoder, tensors.get("bert.embeddings.word_embeddings.weight", decoder)):
+        raise InputError(f"{folder}: cls.predictions.decoder.weight is not the word embeddings; only a tied decoder is "
+                         "supported")
     with torch.device("meta"):  # no memory, no time: every tensor is assigned below
         model = Bert(config, pooler="bert.pooler.dense.weight" in tensors,
                      head=any(name.startswith("cls.predictions.") for name in tensors))

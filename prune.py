@@ -147,7 +147,8 @@ def target_widths(config: BertConfig, hidden: int, intermediate: int | None = No
     if not 0 < hidden < config.hidden_size:
         raise InputError(f"target width {hidden} must be from 1 to {config.hidden_size - 1}, below the teacher's "
                          f"{config.hidden_size}")
-    intermediate = intermediate or max(1, round(config.intermediate_size * hidden / config.hidden_size))
+    if intermediate is None:
+        intermediate = max(1, round(config.intermediate_size * hidden / config.hidden_size))
     if not 0 < intermediate <= config.intermediate_size:
         raise InputError(f"target intermediate width {intermediate} must be from 1 to the teacher's "
                          f"{config.intermediate_size}")
@@ -186,6 +187,8 @@ def scheduled_widths(step: float, start: float, end: float, first: Widths, last:
     heads have to go, whole heads go first, as long as the heads left hold the inner width H*K of the schedule.
     """
     left = remaining(step, start, end)
+    if left == 0:
+        return last
 
     def width(a: int, b: int, grain: int) -> int:
         exact = b + (a - b) * left

@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import model  # noqa: E402
 
-TOKENS_PER_STEP = 64 * 128
-PEAK_LEARNING_RATE = 1.5e-3
+TOKENS_PER_STEP = 32 * 128
+PEAK_LEARNING_RATE = 1e-3
 EVALUATE_ROWS = 256
 
 
@@ -109,7 +109,7 @@ def main():
             loss.backward()
             torch.nn.utils.clip_grad_norm_(decayed + plain, 1.0)
             for group in optimizer.param_groups:
-                group["lr"] = PEAK_LEARNING_RATE * min(elapsed / 0.04, (1 - elapsed) / 0.96)
+                group["lr"] = PEAK_LEARNING_RATE * min(elapsed / 0.02, (1 - elapsed) / 0.98)
             optimizer.step()
             optimizer.zero_grad()
             step += 1

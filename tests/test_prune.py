@@ -182,7 +182,8 @@ def test_after_any_cut_every_tensor_has_the_shape_of_a_model_born_so(hidden, int
     lineage = prune.new_lineage(distiller)
     keep = prune.choose_units(importance, Widths.of(distiller.student.config), new)
     prune.cut(distiller, keep, new, None, (lineage,))
-    narrow = dict(hidden_size=hidden, intermediate_size=intermediate, num_attention_heads=heads, attention_head_size=size)
+    narrow = dict(hidden_size=hidden, intermediate_size=intermediate, num_attention_heads=heads,
+                  attention_head_size=size)
     born = Bert(BertConfig(**CONFIG | narrow), pooler, head)
     assert distiller.student.config == born.config
     shapes = [{n: p.shape for n, p in bert.named_parameters()} for bert in (distiller.student, born)]
