@@ -36,42 +36,75 @@ import prune
 from model import Bert, InputError, Linear, Output
 
 # ---------------------------------------------------------------------------------------------------------------
-# Defaults. The paper's recipe where it is known; [ours] marks what the paper leaves open.
+# Flags: name, default, what it may be, and what it is with its unit and the reason for the default. The paper's recipe
+# where it is known; [ours] marks what the paper leaves open.
 
-RECIPE = {
-    "steps": 28_000,  # optimizer steps: 3 passes over Wikipedia and BookCorpus
-    "batch_size": 4096,  # sequences in a step, over all micro-batches
-    "seq_length": 128,  # tokens in a sequence
-    "learning_rate": 3e-4,  # at its peak; the paper takes 6e-4 for its smaller students
-    "warmup": 0.1,  # of the steps, from zero to the peak; then linear decay to zero
-    "weight_decay": 0.01,  # [ours] BERT's own, on matrices only
-    "clip": 1.0,  # [ours] BERT's own largest gradient norm
-    "dropout": 0.0,  # [ours] so that the losses start at exactly zero; one pass over much text does not overfit
-    "alpha_mlm": 1.0,  # weights of the losses [ours]
-    "alpha_pred": 1.0,
-    "alpha_hidn": 1.0,
-    "alpha_emb": 1.0,
-    "alpha_attn": 1.0,
-    "temperature": 1.0,  # tau of L_pred [ours]
-    "prune_start": 0.0,  # t_i, of the steps
-    "prune_end": 0.7,  # t_f, of the steps
-    "granularity": 8,  # hidden dimensions that go together [ours]: tensor cores want multiples of 8
-    "sensitivity_decay": 0.9,  # [ours] averages over about ten steps, which steadies the ranking
-}
-DEMO = {  # without --teacher and --preset: minutes on two cores, with no network
-    "teacher": str(Path(__file__).resolve().parent / "teachers" / "small"),
-    "corpus": ["demo"],
-    "steps": 300,
-    "batch_size": 16,
-    "learning_rate": 1e-3,
-}
-PRESETS = {  # the four students of BERT-base in the paper
+def number(kind: type, low: float, high: float):
+    """An argparse type: an int or a float from `low` to `high`."""
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number from {low} to {high}")
+        return value
+
+    return parse
+
+
+COUNT, WEIGHT, FRACTION = number(int, 1, 10**9), number(float, 0, 1e9), number(float, 0, 1)
+HUB_CORPUS = "hub:Salesforce/wikitext:wikitext-103-raw-v1"
+PRESETS = {  # the paper's students of BERT-base
     "homobert-base": {"target_width": 576, "target_intermediate": 2304, "learning_rate": 3e-4},
     "homobert-small": {"target_width": 256, "target_intermediate": 1024, "learning_rate": 6e-4},
     "homobert-xsmall": {"target_width": 240, "target_intermediate": 960, "learning_rate": 6e-4},
     "homobert-tiny": {"target_width": 224, "target_intermediate": 896, "learning_rate": 6e-4},
 }
-HUB_CORPUS = "hub:Salesforce/wikitext:wikitext-103-raw-v1"
+DEMO = {  # without --teacher and --preset: minutes on two cores, with no network
+    "teacher": str(Path(__file__).resolve().parent / "teachers" / "small"),
+    "corpus": ["demo"], "steps": 300, "batch_size": 16, "learning_rate": 1e-3,
+}
+FLAGS = (
+    ("--teacher", "bert-base-uncased", str, "Folder or hub name of the BERT to start from."),
+    ("--preset", None, PRESETS, "A student of the paper: sets widths and learning rate."),
+    ("--corpus", [HUB_CORPUS], list, "Text to learn from: .txt, .jsonl (field text), both also .gz, .parquet (column "
+     "text), folders of these, hub:OWNER/NAME:CONFIG, or demo."),
+    ("--target-width", None, int, "Hidden width D of the student. Half of the teacher's unless given."),
+    ("--target-intermediate", None, int, "Feed-forward width F of the student. In proportion to D unless given."),
+    ("--target-heads", None, int, "Attention heads H of the student. The most that divide D unless given."),
+    ("--output", None, Path, "Run folder, for run.json, log.jsonl and student/. runs/TEACHER-D unless given."),
+    ("--overwrite", False, bool, "Replace the run that is in the output folder."),
+    ("--cache-dir", Path.home() / ".cache" / "homotopic-distillation", Path, "Folder where tokenised text is kept."),
+    ("--steps", 28_000, COUNT, "Optimizer steps. The paper's are 3 passes over Wikipedia and BookCorpus."),
+    ("--batch-size", 4096, COUNT, "Sequences in a step, over all micro-batches."),
+    ("--micro-batch-size", 64, COUNT, "Sequences at a time: a matter of memory, not of the result."),
+    ("--seq-length", 128, number(int, 8, 10**6), "Tokens in a sequence."),
+    ("--learning-rate", 3e-4, WEIGHT, "Peak learning rate of Adam. The paper takes 6e-4 for its smaller students."),
+    ("--warmup", 0.1, FRACTION, "Fraction of the steps in which the learning rate rises; then it falls to zero."),
+    ("--weight-decay", 0.01, WEIGHT, "Decoupled decay of the matrices [ours: BERT's own]."),
+    ("--clip", 1.0, WEIGHT, "Largest norm of the gradient, 0 for no limit [ours: BERT's own]."),
+    ("--dropout", 0.0, number(float, 0, 0.99), "Dropout of the student [ours: none, so that losses start at zero]."),
+    ("--alpha-mlm", 1.0, WEIGHT, "Weight of the masked-LM loss [ours, as all weights]; 0 leaves a loss out."),
+    ("--alpha-pred", 1.0, WEIGHT, "Weight of the KL divergence from the teacher's predictions."),
+    ("--alpha-hidn", 1.0, WEIGHT, "Weight of the distance of the layers' outputs."),
+    ("--alpha-emb", 1.0, WEIGHT, "Weight of the distance of the embeddings."),
+    ("--alpha-attn", 1.0, WEIGHT, "Weight of the distance of the attention scores."),
+    ("--temperature", 1.0, number(float, 1e-3, 1e3), "Temperature tau of the KL divergence [ours]."),
+    ("--prune-start", 0.0, FRACTION, "Fraction of the run at which cutting begins, t_i."),
+    ("--prune-end", 0.7, FRACTION, "Fraction at which the target is reached, t_f; as --prune-start: all cut at once."),
+    ("--granularity", 8, COUNT, "Hidden dimensions cut together, feed-forward neurons go by four times as many [ours: "
+     "GPUs want multiples of 8]."),
+    ("--importance", "sensitivity", ("sensitivity", "magnitude", "random"), "What decides which units go."),
+    ("--sensitivity-decay", 0.9, number(float, 0, 0.9999), "Decay of the sensitivities' average over the steps, 0 "
+     "for the last step alone [ours: about ten steps, which steadies the ranking]."),
+    ("--eval-every", None, COUNT, "Steps between evaluations. A tenth of the run unless given."),
+    ("--eval-rows", 128, COUNT, "Held-out sequences in an evaluation."),
+    ("--log-every", 10, COUNT, "Steps between lines in log.jsonl."),
+    ("--seed", 0, number(int, 0, 2**32 - 1), "Seed of row order, masks and dropout."),
+    ("--device", "auto", str, "cpu, cuda or cuda:N; auto takes a GPU where there is one."),
+    ("--precision", "auto", ("auto", "fp32", "bf16"), "Arithmetic of the products; auto is bf16 on a GPU, else fp32."),
+)
 ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-6
 
 
@@ -113,12 +146,17 @@ class Distiller(nn.Module):
             losses["mlm"] = F.cross_entropy(student.logits.float(), batch.labels)
             if "pred" in self.alphas:
                 losses["pred"] = prediction_loss(student.logits, teacher.logits, self.temperature)
-        losses["hidn"] = mean_mse([self.hidden_projection(h) for h in student.hidden], teacher.hidden)
+        losses["hidn"] = self.hidden_loss(student, teacher)
         losses["emb"] = mean_mse([self.embedding_projection(student.embedding)], [teacher.embedding])
         if self.want_scores:
             losses["attn"] = mean_mse(student.scores, teacher.scores)
         losses = {name: loss for name, loss in losses.items() if name in self.alphas}
         return {"loss": sum(self.alphas[name] * loss for name, loss in losses.items())} | losses
+
+
+    def hidden_loss(self, student: Output, teacher: Output):
+        """L_hidn: the distance of the layers' outputs through W_hidn, which all layers share."""
+        return mean_mse([self.hidden_projection(h) for h in student.hidden], teacher.hidden)
 
 
 def prediction_loss(student, teacher, temperature: float):
@@ -138,27 +176,26 @@ def mean_mse(student: list[torch.Tensor], teacher: list[torch.Tensor]):
 
 
 @torch.no_grad()
-def evaluate(student: Bert, teacher: Bert, rows: data.Rows, count: int, micro: int, device, autocast) -> dict:
-    """Masked-LM loss and top-1 of both and KL(teacher || student) in nats, over the masked positions of `count`
-    held-out rows whose masks are always the same. Empty without a masked-LM head."""
-    if teacher.cls is None:
-        return {}
-    training = student.training
-    student.eval()
-    sums, positions = dict.fromkeys(("mlm_loss", "kl", "top1", "teacher_mlm_loss", "teacher_top1"), 0.0), 0
+def evaluate(distiller: Distiller, teacher: Bert, rows: data.Rows, count: int, micro: int, device, autocast) -> dict:
+    """What `count` held-out rows with masks that are always the same say: L_hidn and, over the masked positions,
+    KL(teacher || student) in nats and the masked-LM loss and top-1 of both (these only with a masked-LM head)."""
+    distiller.eval()
+    sums: dict[str, float] = {}
     for first in range(0, count, micro):
         batch = rows.batch(np.arange(first, min(first + micro, count)), seed=0, step=0, first=first).to(device)
         with autocast():
-            logits = {"": student(batch.input_ids, batch.positions).logits.float(),
-                      "teacher_": teacher(batch.input_ids, batch.positions).logits.float()}
-        here = len(batch.labels)
-        for who, z in logits.items():
-            sums[f"{who}mlm_loss"] += F.cross_entropy(z, batch.labels, reduction="sum").item()
-            sums[f"{who}top1"] += (z.argmax(-1) == batch.labels).sum().item()
-        sums["kl"] += prediction_loss(logits[""], logits["teacher_"], 1.0).item() * here
-        positions += here
-    student.train(training)
-    return {name: value / positions for name, value in sums.items()}
+            outputs = {"": distiller.student(batch.input_ids, batch.positions),
+                       "teacher_": teacher(batch.input_ids, batch.positions)}
+            values = {"hidden_mse": distiller.hidden_loss(outputs[""], outputs["teacher_"])}
+        if teacher.cls is not None:
+            values["kl"] = prediction_loss(outputs[""].logits, outputs["teacher_"].logits, 1.0)
+            for who, output in outputs.items():
+                values[f"{who}mlm_loss"] = F.cross_entropy(output.logits.float(), batch.labels)
+                values[f"{who}top1"] = (output.logits.argmax(-1) == batch.labels).float().mean()
+        for name, value in values.items():
+            sums[name] = sums.get(name, 0.0) + value.item() * len(batch.input_ids)
+    distiller.train()
+    return {name: value / count for name, value in sums.items()}
 
 
 @torch.no_grad()
@@ -271,18 +308,16 @@ def distill(args: argparse.Namespace) -> Path:
             log_file.flush()
 
         def log_evaluation(step: int) -> dict:
-            result = evaluate(student, teacher, heldout, eval_rows, micro, device, autocast)
+            result = evaluate(distiller, teacher, heldout, eval_rows, micro, device, autocast)
             log("eval", step=step, **result)
-            if result:
-                progress.write("step {:>6}  D {:>4}  F {:>4}  H {:>2}  K {:>2}  ".format(step, *widths) +
-                               "  ".join(f"{name} {value:.3f}" for name, value in result.items()
-                                         if not name.startswith("teacher")))
+            progress.write("step {:>6}  D {:>4}  F {:>4}  H {:>2}  K {:>2}  ".format(step, *widths) + "  ".join(
+                f"{name} {value:.3f}" for name, value in result.items() if not name.startswith("teacher")))
             return result
 
         log_evaluation(0)
         clock, tokens_seen = time.perf_counter(), 0
         for step in range(args.steps):
-            # 1-4. Losses and gradients of the global batch, one micro-batch at a time.
+            # Batch, losses and gradients, one micro-batch at a time.
             losses: dict[str, torch.Tensor] = {}
             for begin in range(0, args.batch_size, micro):
                 end = min(begin + micro, args.batch_size)
@@ -297,11 +332,11 @@ def distill(args: argparse.Namespace) -> Path:
                     losses[name] = losses.get(name, 0.0) + value.detach() * share
             del part, target  # nothing may hold the graph of a step over a cut
 
-            # 5. Sensitivity: complete gradients, not yet clipped, with the weights that they belong to.
+            # Sensitivity: complete gradients, not yet clipped, with the weights that they belong to.
             if widths != last:
                 prune.accumulate_sensitivity(sensitivity, distiller, args.sensitivity_decay)
 
-            # 4. Adam.
+            # Adam.
             norm = nn.utils.clip_grad_norm_(distiller.parameters(), args.clip or float("inf"))
             if not torch.isfinite(norm + losses["loss"]):
                 values = ", ".join(f"{name} {value.item():.4g}" for name, value in losses.items())
@@ -313,7 +348,7 @@ def distill(args: argparse.Namespace) -> Path:
             optimizer.step()
             optimizer.zero_grad()
 
-            # 6-8. The schedule, and the cut.
+            # The schedule, and the cut: parameters, moments, projections, sensitivities, lineage.
             new = prune.scheduled_widths(step + 1, prune_start, prune_end, first, last, args.granularity)
             if new != widths:
                 start = now(device)
@@ -402,10 +437,11 @@ def end_table(teacher: Bert, student: Bert, result: dict, milliseconds: list[flo
             ("heads x dimensions", *(f"{c.num_attention_heads} x {c.attention_head_size}" for c in configs)),
             ("parameters", *(f"{count:,}" for count in counts)),
             ("file in float32, MB", *(f"{4 * count / 1e6:.1f}" for count in counts))]
-    if result:
+    if "kl" in result:
         rows += [("held-out masked-LM loss", f"{result['teacher_mlm_loss']:.3f}", f"{result['mlm_loss']:.3f}"),
                  ("held-out top-1", f"{result['teacher_top1']:.1%}", f"{result['top1']:.1%}"),
                  ("KL to the teacher, nats", "0", f"{result['kl']:.3f}")]
+    rows.append(("hidden states, MSE", "0", f"{result['hidden_mse']:.4f}"))
     rows.append(("milliseconds a sequence", *(f"{ms:.2f}" for ms in milliseconds)))
     return "\n".join("{:<28}{:>14}{:>14}".format(*row) for row in rows)
 
@@ -419,88 +455,33 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see --help")
 
 
-def number(kind: type, low: float, high: float = float("inf"), above: bool = False):
-    """An argparse type: an int or float from `low` (or above it) to `high`."""
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = float("nan")
-        if not low <= value <= high or above and value == low or value == float("inf"):
-            name = "a whole number" if kind is int else "a number"
-            limits = f"{'above' if above else 'from'} {low}" + (f" to {high}" if high < float("inf") else " on")
-            raise argparse.ArgumentTypeError(f"{text!r} must be {name} {limits}")
-        return value
-
-    return parse
-
-
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The flags, with defaults from RECIPE, then DEMO (bundled teacher) or the preset. Raises InputError."""
-    count, fraction, weight = number(int, 1), number(float, 0, 1), number(float, 0)
+    """The flags, with defaults from FLAGS, then from DEMO or the preset. Raises InputError."""
     parser = Parser(description="Distil a BERT into a narrower one, cutting its width step by step (HomoDistil).",
-                    epilog="Without --teacher and --preset a bundled teacher is distilled on bundled text.",
-                    allow_abbrev=False)
-
-    def add(flag: str, help: str, **options):
-        stated = "[" in help or "action" in options
-        parser.add_argument(flag, help=help if stated else f"{help} [%(default)s]", **options)
-
-    add("--teacher", help="Folder or hub name of the BERT to start from. [the bundled one]")
-    add("--preset", choices=PRESETS, help="One of the paper's four students of bert-base-uncased. [none]")
-    add("--corpus", nargs="+", help="Text: .txt, .jsonl (field text), both also .gz, .parquet (column text), folders of "
-        f"these, hub:OWNER/NAME:CONFIG, or demo. [demo for the bundled teacher, else {HUB_CORPUS}]")
-    add("--target-width", type=int, help="Hidden width D of the student. [half of the teacher's]")
-    add("--target-intermediate", type=int, help="Feed-forward width F of the student. [in proportion to D]")
-    add("--target-heads", type=int, help="Attention heads of the student. [the most that divide D]")
-    add("--output", type=Path, help="Run folder for run.json, log.jsonl and student/. [runs/TEACHER-D, or runs/demo]")
-    add("--overwrite", action="store_true", help="Replace a run that is in the output folder.")
-    add("--cache-dir", type=Path, default=Path.home() / ".cache" / "homotopic-distillation",
-        help="Folder where tokenised text is kept.")
-    add("--steps", type=count, help="Optimizer steps.")
-    add("--batch-size", type=count, help="Sequences in a step.")
-    add("--micro-batch-size", type=count, default=64,
-        help="Sequences at a time. Reduce it when memory runs out: the result does not depend on it.")
-    add("--seq-length", type=number(int, 8), help="Tokens in a sequence.")
-    add("--learning-rate", type=weight, help="Peak learning rate of Adam.")
-    add("--warmup", type=fraction, help="Fraction of the steps in which the learning rate rises.")
-    add("--weight-decay", type=weight, help="Decoupled weight decay of the matrices.")
-    add("--clip", type=weight, help="Largest norm of the gradient; 0 switches clipping off.")
-    add("--dropout", type=number(float, 0, 0.99), help="Dropout of the student while it is trained.")
-    add("--alpha-mlm", type=weight, help="Weight of the masked-LM loss.")
-    add("--alpha-pred", type=weight, help="Weight of the KL divergence from the teacher's predictions.")
-    add("--alpha-hidn", type=weight, help="Weight of the distance of the layers' outputs.")
-    add("--alpha-emb", type=weight, help="Weight of the distance of the embeddings.")
-    add("--alpha-attn", type=weight, help="Weight of the distance of the attention scores.")
-    add("--temperature", type=number(float, 0, above=True), help="Temperature tau of the KL divergence.")
-    add("--prune-start", type=fraction, help="Fraction of the run at which cutting begins.")
-    add("--prune-end", type=fraction, help="Fraction of the run at which the target is reached. Equal to "
-        "--prune-start: everything is cut at once.")
-    add("--granularity", type=count, help="Hidden dimensions cut together; feed-forward units go by four times that.")
-    add("--importance", choices=("sensitivity", "magnitude", "random"), default="sensitivity",
-        help="What decides which units go.")
-    add("--sensitivity-decay", type=number(float, 0, 0.9999), help="Decay of the sensitivities' moving average over "
-        "the steps; 0 takes the last step alone.")
-    add("--eval-every", type=count, help="Steps between evaluations. [a tenth of the run]")
-    add("--eval-rows", type=count, default=128, help="Held-out sequences in an evaluation.")
-    add("--log-every", type=count, default=10, help="Steps between lines in log.jsonl.")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="Seed of row order, masks and dropout.")
-    add("--device", default="auto", help="cpu, cuda or cuda:N; auto takes a GPU where there is one.")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-        help="Arithmetic of the matrix products; auto is bf16 on a GPU and fp32 on a CPU.")
-    parser.set_defaults(**RECIPE)
+                    epilog="Without --teacher and --preset a bundled teacher learns on bundled text, with its own "
+                    f"defaults: {', '.join(f'{k} {v}' for k, v in list(DEMO.items())[2:])}.", allow_abbrev=False)
+    for flag, default, kind, meaning in FLAGS:
+        stated = default is None or default is False
+        options = {"default": default, "help": meaning if stated else f"{meaning} [%(default)s]"}
+        if kind is bool:
+            options["action"] = "store_true"
+        elif kind is list:
+            options["nargs"] = "+"
+        elif callable(kind):
+            options["type"] = kind
+        else:
+            options["choices"] = kind
+        parser.add_argument(flag, **options)
+    parser.set_defaults(teacher=None)
     chosen = parser.parse_args(argv)
-    bundled = chosen.teacher is None and chosen.preset is None
-    if bundled:
-        parser.set_defaults(**DEMO)
-    else:
-        parser.set_defaults(teacher="bert-base-uncased", corpus=[HUB_CORPUS], **PRESETS.get(chosen.preset, {}))
+    demo = chosen.teacher is None and chosen.preset is None
+    parser.set_defaults(**{"teacher": "bert-base-uncased"} | (DEMO if demo else PRESETS.get(chosen.preset, {})))
     args = parser.parse_args(argv)
     if args.prune_start > args.prune_end:
         raise InputError(f"--prune-start {args.prune_start} is after --prune-end {args.prune_end}")
     if args.output is None:
         name = Path(args.teacher).name + (f"-{args.target_width}" if args.target_width else "")
-        args.output = Path("runs") / ("demo" if bundled else name)
+        args.output = Path("runs") / ("demo" if demo else name)
     return args
 
 
