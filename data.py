@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import importlib.metadata
 import io
+import itertools
 import json
 import os
 import platform
@@ -24,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordPiece
 from tqdm import tqdm
 
@@ -47,24 +48,20 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
     """The WordPiece tokenizer in `folder`, from tokenizer.json or from vocab.txt. Raises InputError."""
-    folder = Path(folder)
-    path = folder / "tokenizer.json"
+    path, vocab, config = (Path(folder) / name for name in ("tokenizer.json", "vocab.txt", "tokenizer_config.json"))
     if not path.is_file():
-        path = folder / "vocab.txt"
+        path = vocab
+    if not path.is_file():
+        raise InputError(f"{folder} holds neither tokenizer.json nor vocab.txt")
+    settings = read_json(config) if config.is_file() else {}
     try:
-        if path.name == "tokenizer.json":
+        if path != vocab:
             tokenizer = Tokenizer.from_file(str(path))
         else:
-            settings = folder / "tokenizer_config.json"
-            settings = read_json(settings) if settings.is_file() else {}
             words = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # not splitlines: U+2028 is a word
             tokenizer = wordpiece_tokenizer(
                 {word: i for i, word in enumerate(words)}, settings.get("do_lower_case", True),
                 settings.get("strip_accents"), settings.get("tokenize_chinese_chars", True))
-    except FileNotFoundError:
-        raise InputError(f"{folder} holds neither tokenizer.json nor vocab.txt") from None
-    except InputError:
-        raise
     except Exception as error:  # the library raises a bare Exception for a damaged file
         raise InputError(f"{path} is damaged or not a tokenizer: {one_line(error)}") from None
     tokenizer.no_truncation()
@@ -81,16 +78,13 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
 
 def wordpiece_tokenizer(vocab: dict[str, int], lowercase=True, strip_accents=None, split_chinese=True) -> Tokenizer:
     """BERT's own tokenizer around a vocabulary: clean text, split at spaces and punctuation, longest pieces first."""
-    from tokenizers.processors import TemplateProcessing
-
     tokenizer = Tokenizer(WordPiece(vocab, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(True, split_chinese, strip_accents, lowercase)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    present = [token for token in SPECIAL if token in vocab]
-    tokenizer.add_special_tokens(present)
+    tokenizer.add_special_tokens([token for token in SPECIAL if token in vocab])
     if "[CLS]" in vocab and "[SEP]" in vocab:
-        tokenizer.post_processor = TemplateProcessing(
+        tokenizer.post_processor = processors.TemplateProcessing(
             single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
             special_tokens=[(token, vocab[token]) for token in ("[CLS]", "[SEP]")])
     return tokenizer
@@ -173,7 +167,6 @@ def read_documents(path: Path, progress=None, line_documents: bool = False) -> I
 
     In .txt a blank line ends a document (`line_documents`: every line does), elsewhere a record does.
     """
-    path = Path(path)
     try:
         with open(path, "rb") as raw:
             if path.name.endswith(".parquet"):
@@ -353,16 +346,13 @@ def write_tokens(files: list[Path], demo: bool, tokenizer: Tokenizer, folder: Pa
 def blocks(files: list[Path], demo: bool, progress, line_documents: bool) -> Iterator[list[str]]:
     """All documents, gathered into lists of about TOKENISE_AT_ONCE characters."""
     block, size = [], 0
-    sources = [read_documents(file, progress, line_documents) for file in files]
-    if demo:
-        sources.append(demo_documents())
-    for source in sources:
-        for document in source:
-            block.append(document)
-            size += len(document)
-            if size > TOKENISE_AT_ONCE:
-                yield block
-                block, size = [], 0
+    sources = [read_documents(file, progress, line_documents) for file in files] + [demo_documents()] * demo
+    for document in itertools.chain(*sources):
+        block.append(document)
+        size += len(document)
+        if size > TOKENISE_AT_ONCE:
+            yield block
+            block, size = [], 0
     if block:
         yield block
 

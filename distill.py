@@ -137,22 +137,21 @@ class Distiller(nn.Module):
     def forward(self, batch: data.Batch, teacher: Output) -> dict[str, torch.Tensor]:
         """All losses by name and their weighted sum `loss`, means over the batch (HomoDistil, section 3.1).
 
-        L_total = L_MLM + a1 L_pred + a2 L_hidn + a3 L_emb + a4 L_attn; a weight of zero leaves its loss out, and so
-        does a teacher without a masked-LM head for the first two.
+        L_total = L_MLM + a1 L_pred + a2 L_hidn + a3 L_emb + a4 L_attn; a weight of zero leaves its loss out.
         """
         student = self.student(batch.input_ids, batch.positions, want_scores=self.want_scores)
         losses = {}
-        if student.logits is not None:
+        if "mlm" in self.alphas:
             losses["mlm"] = F.cross_entropy(student.logits.float(), batch.labels)
-            if "pred" in self.alphas:
-                losses["pred"] = prediction_loss(student.logits, teacher.logits, self.temperature)
-        losses["hidn"] = self.hidden_loss(student, teacher)
-        losses["emb"] = mean_mse([self.embedding_projection(student.embedding)], [teacher.embedding])
-        if self.want_scores:
+        if "pred" in self.alphas:
+            losses["pred"] = prediction_loss(student.logits, teacher.logits, self.temperature)
+        if "hidn" in self.alphas:
+            losses["hidn"] = self.hidden_loss(student, teacher)
+        if "emb" in self.alphas:
+            losses["emb"] = mean_mse([self.embedding_projection(student.embedding)], [teacher.embedding])
+        if "attn" in self.alphas:
             losses["attn"] = mean_mse(student.scores, teacher.scores)
-        losses = {name: loss for name, loss in losses.items() if name in self.alphas}
         return {"loss": sum(self.alphas[name] * loss for name, loss in losses.items())} | losses
-
 
     def hidden_loss(self, student: Output, teacher: Output):
         """L_hidn: the distance of the layers' outputs through W_hidn, which all layers share."""

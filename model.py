@@ -74,13 +74,9 @@ class BertConfig:
         """Read `folder/config.json`. Raises InputError for anything that is not a BERT this file can compute."""
         path = Path(folder) / "config.json"
         raw = read_json(path)
-        for key, expected, default in (
-            ("model_type", "bert", "bert"),
-            ("position_embedding_type", "absolute", "absolute"),
-            ("is_decoder", False, False),
-            ("tie_word_embeddings", True, True),
-        ):
-            if raw.get(key, default) != expected:
+        for key, expected in (("model_type", "bert"), ("position_embedding_type", "absolute"), ("is_decoder", False),
+                              ("tie_word_embeddings", True)):
+            if raw.get(key) not in (None, expected):
                 raise InputError(f"{path}: {key} is {raw[key]!r}; only {expected!r} is supported: give a plain BERT")
         values = {}
         for field in dataclasses.fields(cls):
@@ -99,8 +95,7 @@ class BertConfig:
                 raise InputError(f"{path}: {name} {value!r} is unknown; known are {', '.join(ACTIVATIONS)}")
             values[name] = field.type(value)
         if not values["attention_head_size"] and values["hidden_size"] % values["num_attention_heads"]:
-            raise InputError(f"{path}: hidden_size {values['hidden_size']} is not a multiple of num_attention_heads "
-                             f"{values['num_attention_heads']}")
+            raise InputError(f"{path}: hidden_size is not a multiple of num_attention_heads")
         return cls(**values)
 
     def save(self, folder: Path, architecture: str):
@@ -359,6 +354,7 @@ class Bert(nn.Module):
 # Where weights may lie, best first
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
+
 def read_json(path: Path) -> dict:
     """The JSON object in `path`; InputError where there is none."""
     try:
@@ -457,20 +453,17 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
                 part = load_file(folder / file)
             else:
                 part = torch.load(folder / file, map_location="cpu", weights_only=True)
+            tensors |= {name: tensor.float() for name, tensor in part.items()}
         except pickle.UnpicklingError:  # the message of torch explains how to run the code nevertheless
             raise InputError(f"{folder / file} is damaged, or holds code beside tensors and was not opened") from None
-        except Exception as error:  # damaged files raise everything from SafetensorError to UnicodeDecodeError
+        except Exception as error:  # anything from SafetensorError to UnicodeDecodeError; no dictionary of tensors
             raise InputError(f"{folder / file} is damaged or not a checkpoint: {one_line(error)}") from None
-        if not isinstance(part, dict) or not all(
-                isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in part.items()):
-            raise InputError(f"{folder / file} does not hold a plain dictionary of tensors")
-        tensors |= {key: tensor.float() for key, tensor in part.items()}
     return tensors
 
 
 def standard_name(name: str) -> str:
     """The present-day name of a tensor from any generation of BERT checkpoints."""
-    name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+    name = str(name).replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
     return name if name.startswith(("bert.", "cls.")) else f"bert.{name}"
 
 
@@ -487,8 +480,7 @@ def load_model(folder: Path) -> Bert:
     if bias is not None:
         tensors.setdefault("cls.predictions.bias", bias)
     if decoder is not None and not torch.equal(decoder, tensors.get("bert.embeddings.word_embeddings.weight", decoder)):
-        raise InputError(f"{folder}: cls.predictions.decoder.weight is not the word embeddings; only a tied decoder is "
-                         "supported")
+        raise InputError(f"{folder}: cls.predictions.decoder.weight is not the word embeddings; tie it to them")
     with torch.device("meta"):  # no memory, no time: every tensor is assigned below
         model = Bert(config, pooler="bert.pooler.dense.weight" in tensors,
                      head=any(name.startswith("cls.predictions.") for name in tensors))
