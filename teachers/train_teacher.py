@@ -87,7 +87,8 @@ def main():
     tokens = data.tokenise(args.corpus, tokenizer, args.cache_dir)
     config = model.BertConfig(
         vocab_size=tokenizer.get_vocab_size(), hidden_size=args.hidden_size, num_hidden_layers=args.layers,
-        num_attention_heads=args.heads, intermediate_size=4 * args.hidden_size)
+        num_attention_heads=args.heads, intermediate_size=4 * args.hidden_size,
+        initializer_range=args.hidden_size**-0.5)  # BERT's 0.02 is for D 768; at D 256 attention would say next to nothing
     bert = model.Bert(config).to(args.device)
     bert.set_dropout(0, 0)  # one pass over the text or less: nothing to overfit
     bert.bert.pooler.requires_grad_(False)  # masked-LM does not reach it; fine-tuning starts from its initial weights
@@ -114,7 +115,7 @@ def main():
             optimizer.zero_grad()
             step += 1
             progress.update()
-            if elapsed > next_save or step in (1, 100, 500):
+            if elapsed > next_save or step in (1, 100, 250, 500):
                 next_save = max(next_save, elapsed + 0.05)
                 evaluations.append({"step": step, "tokens": step * TOKENS_PER_STEP, "minutes": round((time.time() - start) / 60, 1),
                                     **evaluate(bert, heldout, args.device, args.precision)})
