@@ -19,7 +19,6 @@ import torch  # noqa: E402
 import data  # noqa: E402
 import model  # noqa: E402
 
-torch.set_num_threads(2)
 
 WORDS = re.findall(r"\w+", """
 the a of and in is was to for on with as by it that river mountain city old new small large bridge king queen book water
