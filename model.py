@@ -10,6 +10,7 @@ One alphabet of shape letters in every file:
     V vocabulary   L layers   M masked positions in the batch
 """
 
+import collections
 import dataclasses
 import json
 import logging
@@ -18,9 +19,9 @@ import pickle
 import re
 from pathlib import Path
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 ACTIVATIONS = {
@@ -410,8 +411,8 @@ def hub_files(name: str, kind: str, wanted) -> tuple[str, list[str]]:
         # Without patterns the library would miss the files that we never ask for
         folder = snapshot_download(name, repo_type=kind, local_files_only=True, allow_patterns=[])
         files = wanted([str(p.relative_to(folder)) for p in Path(folder).rglob("*") if p.is_file()])
-        parts = [int(count) for file in files for count in re.findall(r"-of-(\d+)\.", file)]
-        if len(parts) == max(parts, default=0):
+        parts = collections.Counter(re.findall(r"(.*)-\d+-of-(\d+)\.", "\n".join(files)))  # (name, count) -> how many
+        if all(present == int(count) for (_, count), present in parts.items()):
             return folder, files
     except (LocalEntryNotFoundError, HFValidationError, InputError):
         pass  # not in the cache, or only a part of it
@@ -450,7 +451,7 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     for file in files:
         try:
             if file.endswith(".safetensors"):
-                part = load_file(folder / file)
+                part = safetensors.torch.load_file(folder / file)
             else:
                 part = torch.load(folder / file, map_location="cpu", weights_only=True)
             tensors |= {name: tensor.float() for name, tensor in part.items()}
@@ -500,4 +501,4 @@ def save_model(model: Bert, folder: Path):
     """Write config.json and model.safetensors (float32) in the standard names into an existing folder."""
     model.config.save(folder, "BertModel" if model.cls is None else "BertForMaskedLM")
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+    (Path(folder) / "model.safetensors").write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))

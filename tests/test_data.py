@@ -243,6 +243,23 @@ def test_a_data_set_in_the_hubs_cache_needs_no_hub(python, hub_snapshot, documen
     assert len(others) == 4 and all(line.startswith("refused") for line in others)
 
 
+def test_several_splits_in_the_hubs_cache_are_each_complete_or_not(python, hub_snapshot):
+    """Shards are counted for every split by itself: three splits of one shard each are complete."""
+    snapshot = hub_snapshot("dataset", "owner/task")
+    for name in ("a/train-00000-of-00001", "a/validation-00000-of-00001", "b/test-00000-of-00002"):
+        (snapshot / name).parent.mkdir(exist_ok=True)
+        (snapshot / f"{name}.parquet").write_bytes(b"rows")
+    result = python("""
+import model
+for part in ("a/", "b/"):
+    try:
+        print(len(model.hub_files("owner/task", "dataset", lambda names: [n for n in names if n.startswith(part)])[1]))
+    except model.InputError as error:
+        print("refused")
+""")
+    assert result.stdout.split() == ["2", "refused"]
+
+
 def test_the_parts_of_a_data_set_are_told_apart(refused):
     names = ["README.md", "en/train-0.parquet", "en/test-0.parquet", "en-old/train-0.parquet", "en/train.csv"]
     assert data.hub_parquet(names, "en", "hub:x") == ["en/train-0.parquet"]
