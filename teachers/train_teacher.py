@@ -34,7 +34,8 @@ def train_vocabulary(corpora: list[str], size: int):
     replaced = data.Replacements()
     blocks = data.blocks(data.corpus_files(corpora), "demo" in corpora, None, False)
     texts = (text for i, block in enumerate(blocks) if i % 8 == 0 for text in block)
-    trainer = WordPieceTrainer(vocab_size=size, special_tokens=list(data.SPECIAL), limit_alphabet=600, show_progress=False)
+    trainer = WordPieceTrainer(vocab_size=size, special_tokens=list(data.SPECIAL), limit_alphabet=600,
+                               show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     print(f"vocabulary: {tokenizer.get_vocab_size()} entries; {replaced.count} bytes were not UTF-8")
     return data.wordpiece_tokenizer(tokenizer.get_vocab())
@@ -87,9 +88,11 @@ def main():
     tokens = data.tokenise(args.corpus, tokenizer, args.cache_dir)
     config = model.BertConfig(
         vocab_size=tokenizer.get_vocab_size(), hidden_size=args.hidden_size, num_hidden_layers=args.layers,
-        num_attention_heads=args.heads, intermediate_size=4 * args.hidden_size,
-        initializer_range=args.hidden_size**-0.5)  # BERT's 0.02 is for D 768; at D 256 attention would say next to nothing
+        num_attention_heads=args.heads, intermediate_size=4 * args.hidden_size)
     bert = model.Bert(config).to(args.device)
+    for layer in bert.bert.layers.modules():  # BERT's 0.02 is for D 768; at D 256 attention would say next to nothing
+        if isinstance(layer, model.Linear):
+            torch.nn.init.xavier_normal_(layer.weight)
     bert.set_dropout(0, 0)  # one pass over the text or less: nothing to overfit
     bert.bert.pooler.requires_grad_(False)  # masked-LM does not reach it; fine-tuning starts from its initial weights
     decayed = [p for p in bert.parameters() if p.requires_grad and p.dim() > 1]
@@ -100,6 +103,13 @@ def main():
     heldout = data.Rows(tokens.heldout, 128, tokenizer)
 
     start, step, next_save, evaluations = time.time(), 0, 0.05, []
+
+    def record(precision: str):
+        minutes = round((time.time() - start) / 60, 1)
+        evaluations.append({"step": step, "tokens": step * TOKENS_PER_STEP, "minutes": minutes,
+                            **evaluate(bert, heldout, args.device, precision)})
+        print(json.dumps(evaluations[-1]), flush=True)
+
     with tqdm(disable=None) as progress:
         while (elapsed := (time.time() - start) / (60 * args.minutes)) < 1:
             rows = phases[elapsed > 0.9]
@@ -117,17 +127,13 @@ def main():
             progress.update()
             if elapsed > next_save or step in (1, 100, 250, 500):
                 next_save = max(next_save, elapsed + 0.05)
-                evaluations.append({"step": step, "tokens": step * TOKENS_PER_STEP, "minutes": round((time.time() - start) / 60, 1),
-                                    **evaluate(bert, heldout, args.device, args.precision)})
-                print(json.dumps(evaluations[-1]), flush=True)
+                record(args.precision)
                 save(bert, tokenizer, args.output, {"finished": False, "evaluations": evaluations})
-    evaluations.append({"step": step, "tokens": step * TOKENS_PER_STEP, "minutes": round((time.time() - start) / 60, 1),
-                        **evaluate(bert, heldout, args.device, "fp32")})
+    record("fp32")
     corpora = [Path(corpus).name for corpus in args.corpus]
     save(bert, tokenizer, args.output, {
         "finished": True, "corpora": corpora, "train_tokens_in_corpus": len(tokens.train), "device": args.device,
         "precision": args.precision, "threads": torch.get_num_threads(), "evaluations": evaluations})
-    print(json.dumps(evaluations[-1]))
 
 
 if __name__ == "__main__":
