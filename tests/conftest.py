@@ -19,7 +19,6 @@ import torch  # noqa: E402
 import data  # noqa: E402
 import model  # noqa: E402
 
-
 WORDS = re.findall(r"\w+", """
 the a of and in is was to for on with as by it that river mountain city old new small large bridge king queen book water
 fire stone tree house road light night day year time people war peace music art ship sea""")

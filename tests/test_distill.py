@@ -495,6 +495,15 @@ def test_help_explains_every_flag(capsys):
         assert "." in explanation, flag  # a sentence
 
 
+def test_the_readme_lists_every_flag_with_its_default_and_meaning():
+    rows = re.findall(r"^\| `(--[a-z-]+)` \| (.*?) \| (.*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert [row[0] for row in rows] == [flag for flag, *_ in distill.FLAGS]
+    for (flag, stated, text), (_, default, _, meaning) in zip(rows, distill.FLAGS, strict=True):
+        assert text.startswith(meaning), flag
+        if isinstance(default, (int, float, str)) and not isinstance(default, bool):
+            assert stated.split(";")[0] == str(default), flag
+
+
 def test_as_a_program_in_a_pipe_it_is_quiet_and_exits_with_2(folder, tmp_path):
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(ROOT / "distill.py"), "--teacher", str(folder / "teacher"), "--corpus",
