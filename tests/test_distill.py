@@ -6,8 +6,10 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -514,3 +516,19 @@ def test_as_a_program_in_a_pipe_it_is_quiet_and_exits_with_2(folder, tmp_path):
     assert "teacher" in done.stdout and "milliseconds a sequence" in done.stdout
     done = subprocess.run([*command, "--device", "cuda"], capture_output=True, text=True, env=environment)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+
+
+def test_ctrl_c_is_answered_in_one_line_and_leaves_no_student(folder, tmp_path):
+    output = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "distill.py"), "--teacher", str(folder / "teacher"), "--corpus",
+               str(folder / "text.txt"), "--cache-dir", str(folder / "cache"), "--target-width", "16", "--steps",
+               "100000", "--batch-size", "8", "--seq-length", "16", "--log-every", "1", "--output", str(output)]
+    program = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 60
+    while not (output / "log.jsonl").is_file() or not read_log(output, "train"):
+        assert time.time() < deadline and program.poll() is None
+        time.sleep(0.05)
+    program.send_signal(signal.SIGINT)
+    _, error = program.communicate(timeout=30)
+    assert program.returncode == 130 and error.count("\n") == 1 and "interrupted" in error
+    assert not (output / "student").exists() and read_log(output, "train")
