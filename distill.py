@@ -219,9 +219,11 @@ def now(device) -> float:
 
 
 def memory_mb(device) -> float:
-    """The most memory in use so far in MB: on the GPU by tensors, else by this process."""
+    """Peak memory in MB: on the GPU that of tensors since the last call, else that of this process so far."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
