@@ -42,8 +42,7 @@ LIBRARY = Path(sysconfig.get_paths()["stdlib"])  # its docstrings are part of th
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Tokenizer: the files beside a checkpoint
+# ---- Tokenizer: the files beside a checkpoint ----------------------------------------------------------------
 
 
 def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
@@ -106,8 +105,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int):
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Documents
+# ---- Documents -----------------------------------------------------------------------------------------------
 
 
 class Replacements:
@@ -253,8 +251,7 @@ def demo_documents() -> Iterator[str]:
         yield from pieces("\n".join(filter(None, map(ast.get_docstring, owners))))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Tokens: a corpus becomes two flat arrays of token ids in a cache, made once
+# ---- Tokens: a corpus becomes two flat arrays of token ids in a cache, made once -----------------------------
 
 
 @dataclass
@@ -357,8 +354,7 @@ def blocks(files: list[Path], demo: bool, progress, line_documents: bool) -> Ite
         yield block
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Rows and masks
+# ---- Rows and masks ------------------------------------------------------------------------------------------
 
 
 @dataclass

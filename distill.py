@@ -20,7 +20,6 @@ import resource
 import shutil
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -35,9 +34,8 @@ import model
 import prune
 from model import Bert, InputError, Linear, Output
 
-# ---------------------------------------------------------------------------------------------------------------
-# Flags: name, default, what it may be, and what it is with its unit and the reason for the default. The paper's recipe
-# where it is known; [ours] marks what the paper leaves open.
+# ---- Flags ---------------------------------------------------------------------------------------------------
+
 
 def number(kind: type, low: float, high: float):
     """An argparse type: an int or a float from `low` to `high`."""
@@ -53,6 +51,8 @@ def number(kind: type, low: float, high: float):
     return parse
 
 
+# Name, default, what it may be, and what it is with its unit and the reason for the default: the paper's recipe where
+# it is known; [ours] marks what the paper leaves open.
 COUNT, WEIGHT, FRACTION = number(int, 1, 10**9), number(float, 0, 1e9), number(float, 0, 1)
 HUB_CORPUS = "hub:Salesforce/wikitext:wikitext-103-raw-v1"
 PRESETS = {  # the paper's students of BERT-base
@@ -108,8 +108,7 @@ FLAGS = (
 ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-6
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The losses
+# ---- The losses ----------------------------------------------------------------------------------------------
 
 
 class Distiller(nn.Module):
@@ -170,8 +169,7 @@ def mean_mse(student: list[torch.Tensor], teacher: list[torch.Tensor]):
     return sum(F.mse_loss(s.float(), t.float()) for s, t in zip(student, teacher, strict=True)) / len(teacher)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Evaluation
+# ---- Evaluation ----------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -227,8 +225,7 @@ def memory_mb(device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The loop
+# ---- The loop ------------------------------------------------------------------------------------------------
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
@@ -386,8 +383,7 @@ def distill(args: argparse.Namespace) -> Path:
     return args.output / "student"
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The run folder
+# ---- The run folder ------------------------------------------------------------------------------------------
 
 
 def check_output(output: Path, overwrite: bool):
@@ -406,22 +402,19 @@ def check_output(output: Path, overwrite: bool):
 
 def start_run(args: argparse.Namespace):
     """Make the run folder, without what an old run left there, and write run.json."""
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-        (args.output / "log.jsonl").unlink(missing_ok=True)
-        shutil.rmtree(args.output / "student", ignore_errors=True)
-        versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "tokenizers", "safetensors")}
-        run = {"flags": vars(args), "seed": args.seed, "versions": {"python": platform.python_version()} | versions}
-        (args.output / "run.json").write_text(json.dumps(run, indent=2, default=str) + "\n")
-    except OSError as error:
-        raise InputError(f"--output {args.output} cannot be written: {model.one_line(error)}") from None
+    args.output.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(args.output / "student", ignore_errors=True)
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "tokenizers", "safetensors")}
+    run = {"flags": vars(args), "seed": args.seed, "versions": {"python": platform.python_version()} | versions}
+    (args.output / "run.json").write_text(json.dumps(run, indent=2, default=str) + "\n")
 
 
 def export(student: Bert, tokenizer, lineage: dict[str, torch.Tensor], folder: Path):
     """Write the student as a standard checkpoint that appears complete or not at all, with `lineage.json`: set of units
     -> for every unit its index in the teacher."""
-    work = Path(tempfile.mkdtemp(prefix="student.", dir=folder.parent))
-    work.chmod(0o755)
+    work = folder.with_name("student.unfinished")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
     model.save_model(student, work)
     data.save_tokenizer(tokenizer, work, student.config.max_position_embeddings)
     indices = {units: kept.tolist() for units, kept in lineage.items()}
@@ -433,22 +426,21 @@ def end_table(teacher: Bert, student: Bert, result: dict, milliseconds: list[flo
     """Teacher beside student."""
     configs = teacher.config, student.config
     counts = teacher.parameter_count(), student.parameter_count()
-    rows = [("", "teacher", "student"),
-            ("hidden / feed-forward width", *(f"{c.hidden_size} / {c.intermediate_size}" for c in configs)),
-            ("heads x dimensions", *(f"{c.num_attention_heads} x {c.attention_head_size}" for c in configs)),
-            ("parameters", *(f"{count:,}" for count in counts)),
-            ("file in float32, MB", *(f"{4 * count / 1e6:.1f}" for count in counts))]
+    rows = {"": ("teacher", "student"),
+            "hidden / feed-forward width": [f"{c.hidden_size} / {c.intermediate_size}" for c in configs],
+            "heads x dimensions": [f"{c.num_attention_heads} x {c.attention_head_size}" for c in configs],
+            "parameters": [f"{count:,}" for count in counts],
+            "file in float32, MB": [f"{4 * count / 1e6:.1f}" for count in counts]}
     if "kl" in result:
-        rows += [("held-out masked-LM loss", f"{result['teacher_mlm_loss']:.3f}", f"{result['mlm_loss']:.3f}"),
-                 ("held-out top-1", f"{result['teacher_top1']:.1%}", f"{result['top1']:.1%}"),
-                 ("KL to the teacher, nats", "0", f"{result['kl']:.3f}")]
-    rows.append(("hidden states, MSE", "0", f"{result['hidden_mse']:.4f}"))
-    rows.append(("milliseconds a sequence", *(f"{ms:.2f}" for ms in milliseconds)))
-    return "\n".join("{:<28}{:>14}{:>14}".format(*row) for row in rows)
+        rows["held-out masked-LM loss"] = f"{result['teacher_mlm_loss']:.3f}", f"{result['mlm_loss']:.3f}"
+        rows["held-out top-1"] = f"{result['teacher_top1']:.1%}", f"{result['top1']:.1%}"
+        rows["KL to the teacher, nats"] = "0", f"{result['kl']:.3f}"
+    rows["hidden states, MSE"] = "0", f"{result['hidden_mse']:.4f}"
+    rows["milliseconds a sequence"] = [f"{ms:.2f}" for ms in milliseconds]
+    return "\n".join(f"{name:<28}{a:>14}{b:>14}" for name, (a, b) in rows.items())
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The command line
+# ---- The command line ----------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
@@ -504,7 +496,7 @@ def find_device(name: str) -> torch.device:
 def main(argv: list[str] | None = None) -> int:
     try:
         distill(parse_arguments(argv))
-    except InputError as error:
+    except (InputError, OSError) as error:  # of the system's errors: a full disk, a folder that may not be written
         print(f"distill.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -39,8 +39,7 @@ import model
 from distill import ADAM_BETAS, ADAM_EPS, Parser, find_device, learning_rate, number
 from model import Bert, InputError, Linear, hub_files, one_line, read_json
 
-# ---------------------------------------------------------------------------------------------------------------
-# The tasks
+# ---- The tasks -----------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +92,7 @@ QUESTION_TOKENS = 64  # a longer question of SQuAD is cut, as in BERT
 SORTED_TOGETHER = 64  # batches whose rows are sorted by length among themselves
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Reading GLUE
+# ---- Reading GLUE --------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -243,8 +241,7 @@ def read_hub(key: str) -> dict:
     return splits
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Reading SQuAD
+# ---- Reading SQuAD -------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -313,8 +310,7 @@ def find_data(root: str | None, keys: list[str], skip: bool) -> dict[str, Path |
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Texts to rows of token ids, rows to batches
+# ---- Texts to rows of token ids, rows to batches -------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -426,8 +422,7 @@ def make_batch(rows: Rows, indices: np.ndarray, config: model.BertConfig, device
     return [None if array is None else torch.from_numpy(array).to(device, non_blocking=True) for array in tensors]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The model of a task
+# ---- The model of a task -------------------------------------------------------------------------------------
 
 
 class TaskModel(Bert):
@@ -480,8 +475,7 @@ def save_task_model(net: TaskModel, key: str, tokenizer, folder: Path):
     data.save_tokenizer(tokenizer, folder, net.config.max_position_embeddings)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Metrics. Of predictions and truths (N,); from 0 (or -1) to 1.
+# ---- Metrics. Of predictions and truths (N,); from 0 (or -1) to 1. -------------------------------------------
 
 
 def accuracy(predicted: np.ndarray, true: np.ndarray) -> float:
@@ -566,8 +560,7 @@ def best_answers(rows: Rows, logits: list[np.ndarray], questions: list[Question]
             for question, (score, text), none in zip(questions, best, null, strict=True)}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The loop
+# ---- The loop ------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -711,8 +704,7 @@ def try_grid(folder: Path, key: str, splits: dict, rows: dict[str, Rows], settin
     return best
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The output folder: results.json, and a folder for every result
+# ---- The output folder: results.json, and a folder for every result ------------------------------------------
 
 
 def read_results(output: Path) -> list[dict]:
@@ -830,8 +822,7 @@ def end_table(entries: list[dict], names: list[str], keys: list[str]) -> str:
     return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in table)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The command line
+# ---- The command line ----------------------------------------------------------------------------------------
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

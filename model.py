@@ -38,8 +38,7 @@ class InputError(Exception):
     """A mistake in what the user gave. Its message is one line that says what is wrong and what to do about it."""
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Configuration: the standard config.json
+# ---- Configuration: the standard config.json -----------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -108,8 +107,7 @@ class BertConfig:
         (Path(folder) / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The three layers with explicit widths
+# ---- The three layers with explicit widths -------------------------------------------------------------------
 
 
 class Sliceable(nn.Module):
@@ -174,8 +172,7 @@ class LayerNorm(Sliceable):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The encoder
+# ---- The encoder ---------------------------------------------------------------------------------------------
 
 
 class Embeddings(nn.Module):
@@ -349,8 +346,7 @@ class Bert(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Checkpoints
+# ---- Checkpoints ---------------------------------------------------------------------------------------------
 
 # Where weights may lie, best first
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")

@@ -20,10 +20,10 @@ from torch import nn
 
 from model import Bert, BertConfig, InputError, Sliceable
 
-# ---------------------------------------------------------------------------------------------------------------
-# The structure table: every layer of the model -> the set of units along each of its axes. It drives the slicing of
-# parameters, gradients, Adam moments and sums of sensitivities. The decoder is the word embeddings, and its bias (V)
-# is never cut. The projections W_hidn and W_emb (distill.py) map to the teacher's width, which stays.
+# ---- The structure table -------------------------------------------------------------------------------------
+# Every layer of the model -> the set of units along each of its axes. It drives the slicing of parameters, gradients,
+# Adam moments and sums of sensitivities. The decoder is the word embeddings, and its bias (V) is never cut. The
+# projections W_hidn and W_emb (distill.py) map to the teacher's width, which stays.
 
 STRUCTURE = {
     "bert.embeddings.word_embeddings": {"width": "hidden"},
@@ -69,8 +69,7 @@ def tensor_axes(model: nn.Module) -> dict[str, dict[int, str]]:
     return table
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Importance
+# ---- Importance ----------------------------------------------------------------------------------------------
 
 
 def unit_sums(model: nn.Module, score: Callable[[nn.Parameter], torch.Tensor | None]) -> dict[str, torch.Tensor]:
@@ -115,8 +114,7 @@ def unit_importance(kind: str, model: nn.Module, sensitivity: dict[str, torch.Te
     return {units: torch.rand(len(m), generator=generator).to(m.device) for units, m in sorted(magnitude.items())}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Widths and their schedule
+# ---- Widths and their schedule -------------------------------------------------------------------------------
 
 
 class Widths(NamedTuple):
@@ -204,8 +202,7 @@ def scheduled_widths(step: float, start: float, end: float, first: Widths, last:
                   width(first.intermediate, last.intermediate, 4 * granularity), heads, head_size)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The cut
+# ---- The cut -------------------------------------------------------------------------------------------------
 
 
 def top(importance: torch.Tensor, count: int) -> torch.Tensor:
