@@ -11,6 +11,7 @@ A *set of units* is what one index set can cut, named as in the table below:
 A whole head is cut by taking all its units out of both sets of its layer.
 """
 
+import math
 import re
 from collections.abc import Callable
 from typing import NamedTuple
@@ -180,26 +181,27 @@ def remaining(step: float, start: float, end: float) -> float:
 def scheduled_widths(step: float, start: float, end: float, first: Widths, last: Widths, granularity: int) -> Widths:
     """The widths after `step` steps of the cubic schedule from `first` to `last` (HomoDistil, section 3.2).
 
-    r(t) = r_f + (1 - r_f) remaining(t) of every width, rounded up to a whole grain so that kernels keep good shapes:
-    `granularity` hidden dimensions, 4 x that of the feed-forward, a quarter of it for the dimensions of a head. Where
-    heads have to go, whole heads go first, as long as the heads left hold the inner width H*K of the schedule.
+    r(t) = r_f + (1 - r_f) remaining(t) of every width, rounded to the nearest whole grain so that kernels keep good
+    shapes: `granularity` hidden dimensions, 4 x that of the feed-forward, a quarter of it for the dimensions of a head.
+    Where heads have to go, whole heads go first, as long as the heads left hold the inner width H*K of the schedule.
     """
     left = remaining(step, start, end)
-    if left == 0:
-        return last
+    if left in (0, 1):
+        return first if left else last
 
-    def width(a: int, b: int, grain: int) -> int:
-        exact = b + (a - b) * left
-        return min(a, max(b, -int(-exact // grain) * grain))
+    def between(start: float, end: float) -> float:
+        return end + (start - end) * left
 
-    inner = last.heads * last.head_size + (first.heads * first.head_size - last.heads * last.head_size) * left
-    heads = min(first.heads, max(last.heads, -int(-inner // first.head_size)))
-    head_size = first.head_size
-    if heads == last.heads:
-        grain = max(1, granularity // 4)
-        head_size = min(first.head_size, max(last.head_size, -int(-(inner / heads) // grain) * grain))
-    return Widths(width(first.hidden, last.hidden, granularity),
-                  width(first.intermediate, last.intermediate, 4 * granularity), heads, head_size)
+    def whole(width: float, grain: int, largest: int, smallest: int) -> int:
+        return min(largest, max(smallest, round(width / grain) * grain))
+
+    inner = between(first.heads * first.head_size, last.heads * last.head_size)
+    heads = max(last.heads, math.ceil(inner / first.head_size))
+    head_size = whole(inner / heads, max(1, granularity // 4), first.head_size, last.head_size)
+    return Widths(
+        whole(between(first.hidden, last.hidden), granularity, first.hidden, last.hidden),
+        whole(between(first.intermediate, last.intermediate), 4 * granularity, first.intermediate, last.intermediate),
+        heads, head_size if heads == last.heads else first.head_size)
 
 
 # ---- The cut -------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ TOKENS_PER_STEP = 32 * 128
 PEAK_LEARNING_RATE = 2e-3
 MASKED_SHARE = 0.3  # twice BERT's: more to learn from each token when there are few
 EVALUATE_ROWS = 256
+WINDOW, EMBEDDING_STD = 5, 0.04
 
 
 def train_vocabulary(corpora: list[str], size: int):
@@ -40,6 +41,24 @@ def train_vocabulary(corpora: list[str], size: int):
     tokenizer.train_from_iterator(texts, trainer)
     print(f"vocabulary: {tokenizer.get_vocab_size()} entries; {replaced.count} bytes were not UTF-8")
     return data.wordpiece_tokenizer(tokenizer.get_vocab())
+
+
+def word_vectors(tokens: np.ndarray, vocab_size: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where training starts: log frequencies (V,) for the decoder bias, and embeddings (V,D) that factorise the
+    positive pointwise mutual information of tokens at most WINDOW apart (Levy and Goldberg, 2014). Counting them takes
+    a minute; learning them from random vectors would take most of the hour that there is."""
+    counts = np.bincount(tokens, minlength=vocab_size) + 1.0
+    pairs = np.zeros(vocab_size**2, np.float32)
+    for part in np.array_split(tokens.astype(np.int64), max(1, len(tokens) >> 22)):
+        for distance in range(1, WINDOW + 1):
+            pairs += np.bincount(part[:-distance] * vocab_size + part[distance:], minlength=vocab_size**2)
+    pairs = torch.from_numpy(pairs).view(vocab_size, vocab_size)
+    pairs = pairs + pairs.T
+    frequency = torch.from_numpy(counts / counts.sum()).float()
+    information = (pairs / pairs.sum() / frequency[:, None] / frequency).clamp_(min=1.0).log_()
+    u, s, _ = torch.svd_lowrank(information, q=width, niter=4)
+    vectors = u * s.sqrt()
+    return frequency.log(), vectors * (EMBEDDING_STD / vectors.std())
 
 
 @torch.no_grad()
@@ -91,9 +110,9 @@ def main():
         vocab_size=tokenizer.get_vocab_size(), hidden_size=args.hidden_size, num_hidden_layers=args.layers,
         num_attention_heads=args.heads, intermediate_size=4 * args.hidden_size)
     bert = model.Bert(config)
-    counts = np.bincount(tokens.train, minlength=config.vocab_size)
-    bert.cls["predictions"].bias.data = torch.from_numpy(np.log((counts + 1) / (counts + 1).sum())).float()
-    bert.to(args.device)  # it knows how frequent every token is, which thousands of steps would be spent on
+    bias, vectors = word_vectors(tokens.train, config.vocab_size, config.hidden_size)
+    bert.cls["predictions"].bias.data, bert.bert.embeddings.word_embeddings.weight.data = bias, vectors
+    bert.to(args.device)
     bert.set_dropout(0, 0)  # one pass over the text or less: nothing to overfit
     bert.bert.pooler.requires_grad_(False)  # masked-LM does not reach it; fine-tuning starts from its initial weights
     decayed = [p for p in bert.parameters() if p.requires_grad and p.dim() > 1]
