@@ -32,7 +32,7 @@ WINDOW, EMBEDDING_STD = 5, 0.04
 
 def train_vocabulary(corpora: list[str], size: int):
     """A WordPiece vocabulary of `size` entries, learned from every eighth block of the corpora."""
-    tokenizer = data.wordpiece_tokenizer({"[UNK]": 0})
+    tokenizer = data.wordpiece_tokenizer({})
     replaced = data.Replacements()
     blocks = data.blocks(data.corpus_files(corpora), "demo" in corpora, None, False)
     texts = (text for i, block in enumerate(blocks) if i % 8 == 0 for text in block)
@@ -59,6 +59,13 @@ def word_vectors(tokens: np.ndarray, vocab_size: int, width: int) -> tuple[torch
     u, s, _ = torch.svd_lowrank(information, q=width, niter=4)
     vectors = u * s.sqrt()
     return frequency.log(), vectors * (EMBEDDING_STD / vectors.std())
+
+
+def sinusoids(positions: int, width: int) -> torch.Tensor:
+    """Where position embeddings start (positions,D): Vaswani et al. (2017), section 3.5. To look one token back is
+    then the same rotation everywhere, learned once and not for every position by itself."""
+    angle = torch.arange(positions)[:, None] / 10_000 ** (torch.arange(0, width, 2) / width)
+    return torch.cat([angle.sin(), angle.cos()], 1) * 2**0.5 * EMBEDDING_STD
 
 
 @torch.no_grad()
@@ -92,6 +99,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", nargs="+", default=["demo"], help="Text to learn from, as for distill.py.")
     parser.add_argument("--output", type=Path, default=Path("teachers/small"), help="Folder for the teacher.")
+    parser.add_argument("--start", type=Path, help="Folder of a BERT to train on, instead of a new one.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of initial weights, row order and masks.")
     parser.add_argument("--minutes", type=float, default=75, help="Training time.")
     parser.add_argument("--vocab-size", type=int, default=8192, help="Entries of the vocabulary.")
     parser.add_argument("--hidden-size", type=int, default=256, help="Width.")
@@ -103,16 +112,23 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda.")
     args = parser.parse_args()
 
-    torch.manual_seed(0)
-    tokenizer = train_vocabulary(args.corpus, args.vocab_size)
-    tokens = data.tokenise(args.corpus, tokenizer, args.cache_dir)
-    config = model.BertConfig(
-        vocab_size=tokenizer.get_vocab_size(), hidden_size=args.hidden_size, num_hidden_layers=args.layers,
-        num_attention_heads=args.heads, intermediate_size=4 * args.hidden_size)
-    bert = model.Bert(config)
-    bias, vectors = word_vectors(tokens.train, config.vocab_size, config.hidden_size)
-    bert.cls["predictions"].bias.data, bert.bert.embeddings.word_embeddings.weight.data = bias, vectors
-    bert.to(args.device)
+    torch.manual_seed(args.seed)
+    if args.start is not None:
+        bert = model.load_model(args.start)
+        tokenizer = data.load_tokenizer(args.start, bert.config.vocab_size)
+        tokens = data.tokenise(args.corpus, tokenizer, args.cache_dir)
+    else:
+        tokenizer = train_vocabulary(args.corpus, args.vocab_size)
+        tokens = data.tokenise(args.corpus, tokenizer, args.cache_dir)
+        config = model.BertConfig(
+            vocab_size=tokenizer.get_vocab_size(), hidden_size=args.hidden_size, num_hidden_layers=args.layers,
+            num_attention_heads=args.heads, intermediate_size=4 * args.hidden_size)
+        bert = model.Bert(config)
+        embeddings = bert.bert.embeddings
+        bias, vectors = word_vectors(tokens.train, config.vocab_size, config.hidden_size)
+        bert.cls["predictions"].bias.data, embeddings.word_embeddings.weight.data = bias, vectors
+        embeddings.position_embeddings.weight.data = sinusoids(config.max_position_embeddings, config.hidden_size)
+    bert.to(args.device).train()
     bert.set_dropout(0, 0)  # one pass over the text or less: nothing to overfit
     bert.bert.pooler.requires_grad_(False)  # masked-LM does not reach it; fine-tuning starts from its initial weights
     decayed = [p for p in bert.parameters() if p.requires_grad and p.dim() > 1]
@@ -135,7 +151,7 @@ def main():
     with tqdm(disable=None) as progress:
         while (elapsed := (time.time() - start) / (60 * args.minutes)) < 1:
             rows = phases[elapsed > 0.9]
-            batch = rows.training_batch(0, step, TOKENS_PER_STEP // rows.seq_length)
+            batch = rows.training_batch(args.seed, step, TOKENS_PER_STEP // rows.seq_length)
             with torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16"):
                 logits = bert(batch.input_ids.to(args.device), batch.positions.to(args.device)).logits
             loss = F.cross_entropy(logits.float(), batch.labels.to(args.device))
