@@ -63,7 +63,7 @@ PRESETS = {  # the paper's students of BERT-base
 }
 DEMO = {  # without --teacher and --preset: minutes on two cores, with no network
     "teacher": str(Path(__file__).resolve().parent / "teachers" / "small"),
-    "corpus": ["demo"], "steps": 300, "batch_size": 16, "learning_rate": 1e-3,
+    "corpus": ["demo"], "steps": 300, "batch_size": 16, "learning_rate": 2e-3,
 }
 FLAGS = (
     ("--teacher", "bert-base-uncased", str, "Folder or hub name of the BERT to start from."),
