@@ -28,9 +28,9 @@ import unicodedata
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
@@ -471,7 +471,7 @@ def save_task_model(net: TaskModel, key: str, tokenizer, folder: Path):
         extra["problem_type"] = "regression" if kind == "regression" else "single_label_classification"
     (folder / "config.json").write_text(json.dumps(read_json(folder / "config.json") | extra, indent=2) + "\n")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))
     data.save_tokenizer(tokenizer, folder, net.config.max_position_embeddings)
 
 
