@@ -66,10 +66,11 @@ DEMO = {  # without --teacher and --preset: minutes on two cores, with no networ
     "corpus": ["demo"], "steps": 300, "batch_size": 16, "learning_rate": 2e-3,
 }
 FLAGS = (
-    ("--teacher", "bert-base-uncased", str, "Folder or hub name of the BERT to start from."),
+    ("--teacher", None, str, "Folder or hub name of the BERT to start from. The bundled one unless given, or with "
+     "--preset bert-base-uncased."),
     ("--preset", None, PRESETS, "A student of the paper: sets widths and learning rate."),
-    ("--corpus", [HUB_CORPUS], list, "Text to learn from: .txt, .jsonl (field text), both also .gz, .parquet (column "
-     "text), folders of these, hub:OWNER/NAME:CONFIG, or demo."),
+    ("--corpus", None, list, "Text to learn from: .txt, .jsonl (field text), both also .gz, .parquet (column text), "
+     f"folders of these, hub:OWNER/NAME:CONFIG, or demo. {HUB_CORPUS} unless given."),
     ("--target-width", None, int, "Hidden width D of the student. Half of the teacher's unless given."),
     ("--target-intermediate", None, int, "Feed-forward width F of the student. In proportion to D unless given."),
     ("--target-heads", None, int, "Attention heads H of the student. The most that divide D unless given."),
@@ -465,15 +466,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         else:
             options["choices"] = kind
         parser.add_argument(flag, **options)
-    parser.set_defaults(teacher=None)
     chosen = parser.parse_args(argv)
     demo = chosen.teacher is None and chosen.preset is None
-    parser.set_defaults(**{"teacher": "bert-base-uncased"} | (DEMO if demo else PRESETS.get(chosen.preset, {})))
+    usual = {"teacher": "bert-base-uncased", "corpus": [HUB_CORPUS]}
+    parser.set_defaults(**usual | (DEMO if demo else PRESETS.get(chosen.preset, {})))
     args = parser.parse_args(argv)
     if args.prune_start > args.prune_end:
         raise InputError(f"--prune-start {args.prune_start} is after --prune-end {args.prune_end}")
     if args.output is None:
-        name = Path(args.teacher).name + (f"-{args.target_width}" if args.target_width else "")
+        name = Path(args.teacher).resolve().name + (f"-{args.target_width}" if args.target_width else "")
         args.output = Path("runs") / ("demo" if demo else name)
     return args
 
