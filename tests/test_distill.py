@@ -228,6 +228,24 @@ def test_gradient_accumulation_equals_one_big_batch(run):
             torch.testing.assert_close(other[name], tensor, rtol=0, atol=2e-5, msg=name)
 
 
+def test_a_step_holds_no_more_than_a_micro_batch_at_a_time(run, monkeypatch):
+    sizes = []
+    forward = distill.Distiller.forward
+
+    def watched(self, batch, teacher):
+        sizes.append(len(batch.input_ids))
+        return forward(self, batch, teacher)
+
+    monkeypatch.setattr(distill.Distiller, "forward", watched)
+    code, _ = run("--micro-batch-size", 3, "--steps", 2)
+    assert code == 0 and sizes == [3, 3, 2, 3, 3, 2]
+
+
+def test_the_tokenised_text_lies_where_cache_dir_says(run, tmp_path):
+    code, _ = run("--cache-dir", tmp_path / "elsewhere")
+    assert code == 0 and {path.name for path in (tmp_path / "elsewhere").glob("*/*")} >= {"train.bin", "heldout.bin"}
+
+
 def test_same_seed_same_weights_bit_for_bit_another_seed_others(run):
     states = []
     for seed in (5, 5, 6):
@@ -433,6 +451,11 @@ def test_output_folder_is_not_overwritten_by_accident(run, tmp_path, capsys):
     assert code == 2 and "not a folder" in capsys.readouterr().err
     code, _ = run("--output", precious / "thesis.txt" / "run")
     assert code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_output_that_may_not_be_written(run, monkeypatch, capsys):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # the tests may run as root, who may write anywhere
+    assert_refused(*run(), capsys, "is not writable")
 
 
 def test_loss_that_is_not_finite_stops_the_run_and_leaves_older_work(run, capsys):
