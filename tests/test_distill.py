@@ -135,6 +135,21 @@ def test_losses_equal_their_equations(folder):
     torch.testing.assert_close(losses["loss"], sum(alphas[name] * value for name, value in expected.items()))
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_the_written_out_gradients_are_autograd_s(temperature):
+    torch.manual_seed(0)
+    teacher, labels = torch.randn(6, 11), torch.randint(11, (6,))
+    student = torch.randn(6, 11, requires_grad=True)
+    p, log_q = (teacher / temperature).softmax(-1), (student / temperature).log_softmax(-1)
+    expected = F.cross_entropy(student, labels), (p * (p.log() - log_q)).sum(-1).mean() * temperature**2
+    losses = distill.PredictionLosses.apply(student, teacher, labels, temperature)
+    torch.testing.assert_close(losses, expected)
+    for weights in ((1.0, 0.0), (0.0, 1.0), (0.5, 3.0)):
+        gradients = [torch.autograd.grad(sum(w * x for w, x in zip(weights, pair, strict=True)), student,
+                                         retain_graph=True)[0] for pair in (losses, expected)]
+        torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("name", ALPHAS)
 def test_a_loss_of_weight_zero_is_left_out(run, name):
     code, output = run(f"--alpha-{name}", 0, "--log-every", 1)
