@@ -7,6 +7,7 @@ Every row gets the same number of masked positions, so M is known before the bat
 
 import ast
 import codecs
+import fcntl
 import gzip
 import hashlib
 import importlib.metadata
@@ -18,7 +19,6 @@ import platform
 import shutil
 import sys
 import sysconfig
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from tokenizers.models import WordPiece
 from tqdm import tqdm
 
 from model import InputError, hub_files, one_line, read_json
+from run import publish
 
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
 PIECE = 1 << 14  # characters: a longer document counts as several: bounded memory, and the split reaches inside it
@@ -292,15 +293,16 @@ def tokenise(corpora: list[str], tokenizer: Tokenizer, cache: Path) -> Tokens:
         folder = Path(cache) / key
         if not (folder / "meta.json").is_file():
             folder.parent.mkdir(parents=True, exist_ok=True)
-            work = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=folder.parent))
-            try:
-                write_tokens(files, demo, tokenizer, work)
-                os.rename(work, folder)  # complete or not at all; of two runs at once the second one's is dropped
-            except OSError:
+            with open(folder.with_name(".lock"), "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # of two runs at once the second waits
                 if not (folder / "meta.json").is_file():
-                    raise
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
+                    work = folder.with_name(f"{key}.unfinished")
+                    try:
+                        write_tokens(files, demo, tokenizer, work)
+                    except InputError:  # nothing to go on with
+                        shutil.rmtree(work)
+                        raise
+                    publish(work, folder)
     except OSError as error:
         raise InputError(f"tokenising into {cache} failed: {one_line(error)}") from None
     meta = read_json(folder / "meta.json")
@@ -313,17 +315,23 @@ def tokenise(corpora: list[str], tokenizer: Tokenizer, cache: Path) -> Tokens:
 
 
 def write_tokens(files: list[Path], demo: bool, tokenizer: Tokenizer, folder: Path):
-    dtype = np.uint16 if max(tokenizer.get_vocab().values()) < 1 << 16 else np.uint32
+    """Write train.bin, heldout.bin and meta.json into `folder`, or go on there after the last recorded block."""
+    dtype = np.dtype(np.uint16 if max(tokenizer.get_vocab().values()) < 1 << 16 else np.uint32)
+    folder.mkdir(exist_ok=True)
+    record = folder / "progress.json"
     for line_documents in (False, True):
         replaced = Replacements()
-        counts = {"train": 0, "heldout": 0, "documents": 0}
+        nothing = dict.fromkeys(("train", "heldout", "documents", "blocks"), 0)
+        counts = read_json(record) if record.is_file() else nothing
         total = sum(file.stat().st_size for file in files)
         with (
-            open(folder / "train.bin", "wb") as train,
-            open(folder / "heldout.bin", "wb") as heldout,
+            open(folder / "train.bin", "ab") as train,
+            open(folder / "heldout.bin", "ab") as heldout,
             tqdm(total=total, unit="B", unit_scale=True, desc="tokenise", disable=None, leave=False) as progress,
         ):
-            for texts in blocks(files, demo, progress, line_documents):
+            train.truncate(counts["train"] * dtype.itemsize)  # what came after the record is written again
+            heldout.truncate(counts["heldout"] * dtype.itemsize)
+            for texts in itertools.islice(blocks(files, demo, progress, line_documents), counts["blocks"], None):
                 for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
                     ids = encoding.ids
                     if ids:
@@ -331,13 +339,20 @@ def write_tokens(files: list[Path], demo: bool, tokenizer: Tokenizer, folder: Pa
                         (heldout if held else train).write(np.array(ids, dtype=dtype).tobytes())
                         counts["heldout" if held else "train"] += len(ids)
                         counts["documents"] += 1
+                counts["blocks"] += 1
+                for part in (train, heldout):
+                    part.flush()
+                    os.fsync(part.fileno())
+                record.with_suffix(".new").write_text(json.dumps(counts))
+                record.with_suffix(".new").replace(record)
         if counts["documents"] > 1:
             break
-        # One document alone cannot be split by document: then every line counts as one.
+        record.unlink(missing_ok=True)  # one document alone cannot be split by document: then every line counts as one
     if not counts["train"]:
         raise InputError("the corpus is empty or has a single line; give more text, a blank line between documents")
-    meta = counts | {"dtype": np.dtype(dtype).name, "replaced_bytes": replaced.count, "line_documents": line_documents}
+    meta = counts | {"dtype": dtype.name, "replaced_bytes": replaced.count, "line_documents": line_documents}
     (folder / "meta.json").write_text(json.dumps(meta))
+    record.unlink()
 
 
 def blocks(files: list[Path], demo: bool, progress, line_documents: bool) -> Iterator[list[str]]:

@@ -11,12 +11,11 @@ Shape letters as in model.py; subscripts t and s are teacher and student.
 """
 
 import argparse
+import contextlib
 import copy
-import importlib.metadata
 import json
+import math
 import os
-import platform
-import resource
 import shutil
 import statistics
 import sys
@@ -32,7 +31,8 @@ from tqdm import tqdm
 import data
 import model
 import prune
-from model import Bert, InputError, Linear, Output
+import run
+from model import Bert, InputError, Linear, Output, read_json
 
 # ---- Flags ---------------------------------------------------------------------------------------------------
 
@@ -76,10 +76,15 @@ FLAGS = (
     ("--target-heads", None, int, "Attention heads H of the student. The most that divide D unless given."),
     ("--output", None, Path, "Run folder, for run.json, log.jsonl and student/. runs/TEACHER-D unless given."),
     ("--overwrite", False, bool, "Replace the run that is in the output folder."),
+    ("--resume", False, bool, "Go on with the run in the output folder; its flags are known. Nothing is lost but the "
+     "steps since its last checkpoint."),
+    ("--save-every", None, COUNT, "Steps between checkpoints, beside those of --save-minutes."),
+    ("--save-minutes", 15.0, WEIGHT, "Minutes between checkpoints."),
     ("--cache-dir", Path.home() / ".cache" / "homotopic-distillation", Path, "Folder where tokenised text is kept."),
     ("--steps", 28_000, COUNT, "Optimizer steps. The paper's are 3 passes over Wikipedia and BookCorpus."),
     ("--batch-size", 4096, COUNT, "Sequences in a step, over all micro-batches."),
-    ("--micro-batch-size", 64, COUNT, "Sequences at a time: a matter of memory, not of the result."),
+    ("--micro-batch-size", None, COUNT, "Sequences that a process takes at a time: a matter of memory, not of the "
+     "result. What fits on the GPU unless given, 64 on the CPU."),
     ("--seq-length", 128, number(int, 8, 10**6), "Tokens in a sequence."),
     ("--learning-rate", 3e-4, WEIGHT, "Peak learning rate of Adam. The paper takes 6e-4 for its smaller students."),
     ("--warmup", 0.1, FRACTION, "Fraction of the steps in which the learning rate rises; then it falls to zero."),
@@ -105,7 +110,11 @@ FLAGS = (
     ("--seed", 0, number(int, 0, 2**32 - 1), "Seed of row order, masks and dropout."),
     ("--device", "auto", str, "cpu, cuda or cuda:N; auto takes a GPU where there is one."),
     ("--precision", "auto", ("auto", "fp32", "bf16"), "Arithmetic of the products; auto is bf16 on a GPU, else fp32."),
+    ("--deterministic", False, bool, "The same bits in every run on the same GPU, at some cost; on the CPU always so."),
 )
+MAY_CHANGE = {  # in a resumed run: they have no bearing on the student
+    "output", "overwrite", "resume", "save_every", "save_minutes", "cache_dir", "eval_every", "eval_rows", "log_every",
+    "device"}
 ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-6
 
 
@@ -203,11 +212,13 @@ def mean_mse(student: list[torch.Tensor], teacher: list[torch.Tensor]):
 @torch.no_grad()
 def evaluate(distiller: Distiller, teacher: Bert, rows: data.Rows, count: int, micro: int, device, autocast) -> dict:
     """What `count` held-out rows with masks that are always the same say: L_hidn and, over the masked positions,
-    KL(teacher || student) in nats and the masked-LM loss and top-1 of both (these only with a masked-LM head)."""
+    KL(teacher || student) in nats and the masked-LM loss and top-1 of both (these only with a masked-LM head).
+    The processes share the rows."""
     distiller.eval()
     sums: dict[str, float] = {}
-    for first in range(0, count, micro):
-        batch = rows.batch(np.arange(first, min(first + micro, count)), seed=0, step=0, first=first).to(device)
+    last = run.share_of(count)[1]
+    for first in range(*run.share_of(count), micro):
+        batch = rows.batch(np.arange(first, min(first + micro, last)), seed=0, step=0, first=first).to(device)
         with autocast():
             outputs = {"": distiller.student(batch.input_ids, batch.positions),
                        "teacher_": teacher(batch.input_ids, batch.positions)}
@@ -221,7 +232,7 @@ def evaluate(distiller: Distiller, teacher: Bert, rows: data.Rows, count: int, m
         for name, value in values.items():
             sums[name] = sums.get(name, 0.0) + value.item() * len(batch.input_ids)
     distiller.train()
-    return {name: value / count for name, value in sums.items()}
+    return {name: value / count for name, value in run.total(sums).items()}
 
 
 @torch.no_grad()
@@ -231,27 +242,11 @@ def milliseconds_per_sequence(models: list[Bert], rows: data.Rows, device, autoc
     times: list[list[float]] = [[] for _ in models]
     for _ in range(8):
         for bert, seen in zip(models, times, strict=True):
-            start = now(device)
+            start = run.now(device)
             with autocast():
                 bert.eval()(batch.input_ids)
-            seen.append((now(device) - start) * 1000 / len(batch.input_ids))
+            seen.append((run.now(device) - start) * 1000 / len(batch.input_ids))
     return [statistics.median(seen[1:]) for seen in times]
-
-
-def now(device) -> float:
-    """Seconds on a clock that waits for the GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def memory_mb(device) -> float:
-    """Peak memory in MB: on the GPU that of tensors since the last call, else that of this process so far."""
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        return peak / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
 # ---- The loop ------------------------------------------------------------------------------------------------
@@ -273,13 +268,34 @@ def make_optimizer(distiller: Distiller, weight_decay: float) -> torch.optim.Ada
     return torch.optim.AdamW(groups, lr=0.0, betas=ADAM_BETAS, eps=ADAM_EPS, fused=True)
 
 
+def largest_micro_batch(trial, rows: int) -> int:
+    """`rows`, halved until `trial` (a function of the number of rows that runs them) fits into the memory of every
+    process. Raises torch.OutOfMemoryError where a single row does not."""
+    while True:
+        try:
+            trial(rows)
+            fits = True
+        except torch.OutOfMemoryError:
+            if rows == 1:
+                raise
+            fits = False
+        torch.cuda.empty_cache()
+        if all(run.gather(fits)):
+            return rows
+        rows = -(-rows // 2)
+
+
 def distill(args: argparse.Namespace) -> Path:
-    """Run what the flags ask for and return the folder of the finished student. Raises InputError."""
+    """Run what the flags ask for and return the folder of the finished student. Raises InputError, and run.Interrupted
+    where a signal ends the run."""
     # What is given: teacher, text, widths, device. Nothing is written before all of it has been found good.
-    check_output(args.output, args.overwrite)
-    device = find_device(args.device)
+    run.check_output(args.output, args.overwrite or args.resume)
+    if args.resume and (args.output / "student").is_dir():
+        print(f"{args.output} is finished")
+        return args.output / "student"
+    device = run.find_device(args.device)
     bf16 = args.precision == "bf16" or args.precision == "auto" and device.type == "cuda"
-    torch.manual_seed(args.seed)
+    torch.use_deterministic_algorithms(args.deterministic)
     folder = model.find_model(args.teacher)
     teacher = model.load_model(folder).to(device).eval().requires_grad_(False)
     first = prune.Widths.of(teacher.config)
@@ -303,6 +319,13 @@ def distill(args: argparse.Namespace) -> Path:
     if not len(heldout):
         raise InputError(f"the held-out part of the corpus is shorter than one row of {args.seq_length} tokens: "
                          "give more text or a smaller --seq-length")
+    if args.batch_size < run.WORLD:
+        raise InputError(f"--batch-size {args.batch_size} leaves nothing to do for some of the {run.WORLD} processes")
+    traces = {"corpus": tokens.key, "teacher": run.weights_hash(folder)}
+    checkpoints = run.Checkpoints(args.output / "checkpoints")
+    saved = checkpoints.newest() if args.resume else None
+    if args.resume:
+        run.check_traces(args.output, traces)
 
     # The student is the teacher. The pooler has no loss here; it is only sliced.
     distiller = Distiller(copy.deepcopy(teacher).requires_grad_(True), alphas, args.temperature).to(device).train()
@@ -310,25 +333,64 @@ def distill(args: argparse.Namespace) -> Path:
     student.set_dropout(args.dropout, args.dropout)
     if student.bert.pooler is not None:
         student.bert.pooler.requires_grad_(False)
-    optimizer = make_optimizer(distiller, args.weight_decay)
     lineage = prune.new_lineage(distiller)
     sensitivity: dict[str, torch.Tensor] = {}
-    widths = first
+    widths, begun = first, 0
+    if saved:  # its shape is what the cuts up to then have left of the teacher
+        tensors, record = saved
+        lineage, sensitivity = (run.with_prefix(tensors, f"{name}.", device) for name in ("lineage", "sensitivity"))
+        widths, begun, result = prune.Widths(**record["widths"]), record["step"], record["evaluation"]
+        prune.cut(distiller, lineage, widths)
+        distiller.load_state_dict(run.with_prefix(tensors, "model."))
+    optimizer = make_optimizer(distiller, args.weight_decay)
+    if saved:
+        run.restore_moments(distiller, optimizer, tensors)
     prune_start, prune_end = args.prune_start * args.steps, args.prune_end * args.steps
-    micro = min(args.micro_batch_size, args.batch_size)
     eval_every = args.eval_every or max(1, args.steps // 10)
     eval_rows = min(args.eval_rows, len(heldout))
 
     def autocast():
         return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
-    start_run(args)
+    def losses_of(module: nn.Module, step: int, begin: int, end: int) -> dict[str, torch.Tensor]:
+        batch = rows.training_batch(args.seed, step, args.batch_size, begin, end).to(device)
+        with autocast():
+            with torch.no_grad():
+                target = teacher(batch.input_ids, batch.positions, want_scores=distiller.want_scores)
+            return module(batch, target)
+
+    # The processes: each has its rows of every batch, and takes them as many at a time as its memory holds.
+    run.join_processes(device)
+    first_row, last_row = run.share_of(args.batch_size)
+
+    def trial(count: int):
+        moments = [torch.empty_like(p) for p in distiller.parameters() for _ in range(2 * (not optimizer.state))]
+        losses_of(distiller, 0, first_row, first_row + count)["loss"].backward()
+        del moments  # the optimizer will want as much
+        optimizer.zero_grad()
+
+    def fit() -> int:
+        if args.micro_batch_size or device.type == "cpu":
+            return min(args.micro_batch_size or 64, last_row - first_row)
+        return largest_micro_batch(trial, last_row - first_row)
+
+    micro, fitted_width = record["micro_batch_size"] if saved else fit(), widths.hidden
+    all_used = all(alphas.values()) or teacher.cls is None and all(alphas[name] for name in ("hidn", "emb", "attn"))
+    engine = run.parallel(distiller, all_used)
+
+    if not args.resume:
+        run.start_run(args, traces)
+    if run.RANK == 0:
+        run.truncate_log(args.output / "log.jsonl", begun if saved else -1)
     print(f"{args.teacher}: {teacher.parameter_count() / 1e6:.1f} M parameters, D F H K {tuple(first)} -> "
-          f"{tuple(last)}\n{args.steps} steps of {args.batch_size} x {args.seq_length} tokens on {device}; "
-          f"{len(rows):,} rows of text, {len(heldout):,} held out")
+          f"{tuple(last)}\n{args.steps} steps of {args.batch_size} x {args.seq_length} tokens on {device}"
+          f"{f' and {run.WORLD - 1} more' * (run.WORLD > 1)}; {len(rows):,} rows of text, {len(heldout):,} held out")
+    if saved:
+        print(f"resumed after step {begun}")
     with (
-        open(args.output / "log.jsonl", "w") as log_file,
-        tqdm(total=args.steps, unit="step", desc="distill", disable=None) as progress,
+        open(args.output / "log.jsonl" if run.RANK == 0 else os.devnull, "a") as log_file,
+        tqdm(total=args.steps, initial=begun, unit="step", desc="distill", disable=None) as progress,
+        run.Interrupts() as interrupts,
     ):
         def log(event: str, **values):
             log_file.write(json.dumps({"event": event, **values}) + "\n")
@@ -341,34 +403,49 @@ def distill(args: argparse.Namespace) -> Path:
                 f"{name} {value:.3f}" for name, value in result.items() if not name.startswith("teacher")))
             return result
 
-        log_evaluation(0)
-        clock, tokens_seen = time.perf_counter(), 0
-        for step in range(args.steps):
-            # Batch, losses and gradients, one micro-batch at a time.
+        def save(step: int):
+            if run.RANK == 0:
+                run.flush(args.output / "log.jsonl")
+                tensors = run.snapshot(distiller, optimizer, {"sensitivity": sensitivity, "lineage": lineage})
+                checkpoints.save(step, tensors, {"widths": widths._asdict(), "micro_batch_size": micro,
+                                                 "evaluation": result})
+
+        def stop(after: int):
+            save(after)
+            checkpoints.wait()
+            raise run.Interrupted(interrupts.number, f"interrupted after step {after}, which is saved; to go on: "
+                                  f"python distill.py --resume --output {args.output}")
+
+        if not saved:
+            result = log_evaluation(0)
+        clock, tokens_seen, saved_at = time.perf_counter(), 0, time.monotonic()
+        for step in range(begun, args.steps):
+            # Batch, losses and gradients, one micro-batch at a time. The processes' gradients are averaged in the last.
+            torch.manual_seed(((args.seed * args.steps + step) * run.WORLD + run.RANK) % 2**63)  # of dropout
             losses: dict[str, torch.Tensor] = {}
-            for begin in range(0, args.batch_size, micro):
-                end = min(begin + micro, args.batch_size)
-                batch = rows.training_batch(args.seed, step, args.batch_size, begin, end).to(device)
-                with autocast():
-                    with torch.no_grad():
-                        target = teacher(batch.input_ids, batch.positions, want_scores=distiller.want_scores)
-                    part = distiller(batch, target)
-                share = (end - begin) / args.batch_size  # every row has as many masked positions as any other
-                (part["loss"] * share).backward()
+            for begin in range(first_row, last_row, micro):
+                if interrupts.overdue():
+                    stop(step)  # nothing of this step has touched the state yet
+                end = min(begin + micro, last_row)
+                with engine.no_sync() if run.WORLD > 1 and end < last_row else contextlib.nullcontext():
+                    part = losses_of(engine, step, begin, end)
+                    share = (end - begin) / args.batch_size  # every row has as many masked positions as any other
+                    (part["loss"] * share * run.WORLD).backward()
                 for name, value in part.items():
                     losses[name] = losses.get(name, 0.0) + value.detach() * share
-            del part, target  # nothing may hold the graph of a step over a cut
+            del part  # nothing may hold the graph of a step over a cut
+            values = run.total(dict(zip(losses, torch.stack([*losses.values()]).tolist(), strict=True)))
 
             # Sensitivity: complete gradients, not yet clipped, with the weights that they belong to.
             if widths != last:
                 prune.accumulate_sensitivity(sensitivity, distiller, args.sensitivity_decay)
 
             # Adam.
-            norm = nn.utils.clip_grad_norm_(distiller.parameters(), args.clip or float("inf"))
-            if not torch.isfinite(norm + losses["loss"]):
-                values = ", ".join(f"{name} {value.item():.4g}" for name, value in losses.items())
-                raise InputError(f"step {step + 1}: loss or gradient is not finite ({values}, gradient norm "
-                                 f"{norm.item():.4g}); try a smaller --learning-rate, or check the teacher's weights")
+            norm = nn.utils.clip_grad_norm_(distiller.parameters(), args.clip or float("inf")).item()
+            if not math.isfinite(norm + values["loss"]):
+                told = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+                raise InputError(f"step {step + 1}: loss or gradient is not finite ({told}, gradient norm "
+                                 f"{norm:.4g}); try a smaller --learning-rate, or check the teacher's weights")
             rate = learning_rate(step, args.steps, args.learning_rate, args.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -378,64 +455,55 @@ def distill(args: argparse.Namespace) -> Path:
             # The schedule, and the cut: parameters, moments, projections, sensitivities, lineage.
             new = prune.scheduled_widths(step + 1, prune_start, prune_end, first, last, args.granularity)
             if new != widths:
-                start = now(device)
+                start = run.now(device)
                 importance = prune.unit_importance(args.importance, distiller, sensitivity, args.seed + step)
                 keep = prune.choose_units(importance, widths, new)
+                run.check_agreement(step + 1, keep)
                 prune.cut(distiller, keep, new, optimizer, (sensitivity, lineage))
                 log("cut", step=step + 1, before=widths._asdict(), after=new._asdict(),
-                    milliseconds=(now(device) - start) * 1000)
+                    milliseconds=(run.now(device) - start) * 1000)
                 widths = new
+                if widths.hidden * 2 <= fitted_width:
+                    micro, fitted_width = fit(), widths.hidden
+                engine = run.parallel(distiller, all_used)
 
             # What is seen of it.
             progress.update()
             tokens_seen += args.batch_size * args.seq_length
             if (step + 1) % args.log_every == 0 or step + 1 == args.steps:
-                values = {name: value.item() for name, value in losses.items()}
                 speed = tokens_seen / (time.perf_counter() - clock)
                 log("train", step=step + 1, tokens=(step + 1) * args.batch_size * args.seq_length,
                     loss=values["loss"], **{f"loss_{name}": value for name, value in values.items() if name != "loss"},
                     D=widths.hidden, F=widths.intermediate, H=widths.heads, K=widths.head_size,
-                    parameters=student.parameter_count(), learning_rate=rate, gradient_norm=norm.item(),
-                    tokens_per_second=speed, memory_mb=memory_mb(device))
+                    parameters=student.parameter_count(), learning_rate=rate, gradient_norm=norm,
+                    tokens_per_second=speed, memory_mb=run.memory_mb(device))
                 progress.set_postfix({name: f"{value:.3f}" for name, value in values.items()} |
                                      dict(D=widths.hidden, F=widths.intermediate, tok_s=f"{speed:,.0f}"))
                 clock, tokens_seen = time.perf_counter(), 0
-            if (step + 1) % eval_every == 0 and step + 1 < args.steps:
-                before = time.perf_counter()
-                log_evaluation(step + 1)
-                clock += time.perf_counter() - before
-        result = log_evaluation(args.steps)
+            before = time.perf_counter()
+            if (step + 1) % eval_every == 0 or step + 1 == args.steps:
+                result = log_evaluation(step + 1)
 
-    export(student, tokenizer, lineage, args.output / "student")
-    print(end_table(teacher, student, result, milliseconds_per_sequence([teacher, student], heldout, device, autocast)))
-    print(f"student: {args.output / 'student'}")
+            # What is kept of it.
+            if interrupts.agreed():
+                stop(step + 1)
+            if (step + 1 == args.steps or args.save_every and (step + 1) % args.save_every == 0
+                    or time.monotonic() - saved_at >= 60 * args.save_minutes):
+                save(step + 1)
+                saved_at = time.monotonic()
+            clock += time.perf_counter() - before
+        checkpoints.wait()
+
+    if run.RANK == 0:
+        export(student, tokenizer, lineage, args.output / "student")
+        shutil.rmtree(checkpoints.folder)
+        milliseconds = milliseconds_per_sequence([teacher, student], heldout, device, autocast)
+        print(end_table(teacher, student, result, milliseconds))
+        print(f"student: {args.output / 'student'}")
     return args.output / "student"
 
 
 # ---- The run folder ------------------------------------------------------------------------------------------
-
-
-def check_output(output: Path, overwrite: bool):
-    """Refuse a folder that has something in it, unless it is an old run and may be overwritten."""
-    if output.exists() and not output.is_dir():
-        raise InputError(f"--output {output} is not a folder")
-    if output.is_dir() and any(output.iterdir()):
-        if not overwrite:
-            raise InputError(f"--output {output} is not empty: give another folder, or --overwrite to replace that run")
-        if not (output / "run.json").is_file():
-            raise InputError(f"--output {output} holds something that is not a run; nothing is overwritten there")
-    parent = next(p for p in (output, *output.absolute().parents) if p.is_dir())
-    if not os.access(parent, os.W_OK):
-        raise InputError(f"--output {output}: {parent} is not writable")
-
-
-def start_run(args: argparse.Namespace):
-    """Make the run folder, without what an old run left there, and write run.json."""
-    args.output.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(args.output / "student", ignore_errors=True)
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "tokenizers", "safetensors")}
-    run = {"flags": vars(args), "seed": args.seed, "versions": {"python": platform.python_version()} | versions}
-    (args.output / "run.json").write_text(json.dumps(run, indent=2, default=str) + "\n")
 
 
 def export(student: Bert, tokenizer, lineage: dict[str, torch.Tensor], folder: Path):
@@ -447,8 +515,8 @@ def export(student: Bert, tokenizer, lineage: dict[str, torch.Tensor], folder: P
     model.save_model(student, work)
     data.save_tokenizer(tokenizer, work, student.config.max_position_embeddings)
     indices = {units: kept.tolist() for units, kept in lineage.items()}
-    (work / "lineage.json").write_text(json.dumps(indices) + "\n")
-    work.rename(folder)
+    (work / "lineage.json").write_text(json.dumps(indices, sort_keys=True) + "\n")
+    run.publish(work, folder)
 
 
 def end_table(teacher: Bert, student: Bert, result: dict, milliseconds: list[float]) -> str:
@@ -478,13 +546,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The flags, with defaults from FLAGS, then from DEMO or the preset. Raises InputError."""
+    """The flags: defaults from FLAGS, then from DEMO or the preset, or, with --resume, those that the run began with;
+    then what is given. Raises InputError."""
     parser = Parser(description="Distil a BERT into a narrower one, cutting its width step by step (HomoDistil).",
                     epilog="Without --teacher and --preset a bundled teacher learns on bundled text, with its own "
-                    f"defaults: {', '.join(f'{k} {v}' for k, v in list(DEMO.items())[2:])}.", allow_abbrev=False)
+                    f"defaults: {', '.join(f'{k} {v}' for k, v in list(DEMO.items())[2:])}.", allow_abbrev=False,
+                    argument_default=argparse.SUPPRESS)
+    defaults = {}
     for flag, default, kind, meaning in FLAGS:
-        stated = default is None or default is False
-        options = {"default": default, "help": meaning if stated else f"{meaning} [%(default)s]"}
+        defaults[flag[2:].replace("-", "_")] = default
+        options = {"help": meaning if default is None or default is False else f"{meaning} [{default}]"}
         if kind is bool:
             options["action"] = "store_true"
         elif kind is list:
@@ -494,43 +565,53 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         else:
             options["choices"] = kind
         parser.add_argument(flag, **options)
-    chosen = parser.parse_args(argv)
-    demo = chosen.teacher is None and chosen.preset is None
+    given = vars(parser.parse_args(argv))
+    demo = "teacher" not in given and "preset" not in given
     usual = {"teacher": "bert-base-uncased", "corpus": [HUB_CORPUS]}
-    parser.set_defaults(**usual | (DEMO if demo else PRESETS.get(chosen.preset, {})))
-    args = parser.parse_args(argv)
+    flags = defaults | usual | (DEMO if demo else PRESETS.get(given.get("preset"), {})) | given
+    if flags["output"] is None:
+        name = Path(flags["teacher"]).resolve().name + (f"-{flags['target_width']}" if flags["target_width"] else "")
+        flags["output"] = Path("runs") / ("demo" if demo else name)
+    if flags["resume"]:
+        flags = resumed_flags(flags["output"], given) | {"output": flags["output"]}
+    args = argparse.Namespace(**flags)
     if args.prune_start > args.prune_end:
         raise InputError(f"--prune-start {args.prune_start} is after --prune-end {args.prune_end}")
-    if args.output is None:
-        name = Path(args.teacher).resolve().name + (f"-{args.target_width}" if args.target_width else "")
-        args.output = Path("runs") / ("demo" if demo else name)
     return args
 
 
-def find_device(name: str) -> torch.device:
-    """The device that --device names. Raises InputError for one that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device {name}: give auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices here; use --device cpu")
-    return device
+def resumed_flags(output: Path, given: dict) -> dict:
+    """The flags of the run in `output`, and those given now that may differ. Raises InputError."""
+    if given.get("overwrite"):
+        raise InputError("--resume and --overwrite: give one of them")
+    if not (output / "run.json").is_file():
+        raise InputError(f"--resume: there is no run in {output}; name its folder with --output")
+    began = read_json(output / "run.json").get("flags")
+    if not isinstance(began, dict) or set(began) != {flag[2:].replace("-", "_") for flag, *_ in FLAGS}:
+        raise InputError(f"--resume: {output / 'run.json'} was written by another version of this program")
+    for name, value in given.items():
+        if name not in MAY_CHANGE and json.loads(json.dumps(value, default=str)) != began[name]:
+            raise InputError(f"--resume: --{name.replace('_', '-')} was {began[name]} when the run began, now {value}; "
+                             "it would end elsewhere: leave the flag out")
+    return began | {"cache_dir": Path(began["cache_dir"])} | given
 
 
 def main(argv: list[str] | None = None) -> int:
     try:
-        distill(parse_arguments(argv))
+        with run.only_the_first_speaks():
+            distill(parse_arguments(argv))
+    except run.Interrupted as error:
+        print(f"distill.py: {error}", file=sys.stderr)
+        return 128 + error.number
+    except KeyboardInterrupt:
+        print("distill.py: interrupted before the first step", file=sys.stderr)
+        return 130
+    except torch.OutOfMemoryError:
+        print("distill.py: error: the GPU's memory is full; give a smaller --micro-batch-size", file=sys.stderr)
+        return 2
     except (InputError, OSError) as error:  # of the system's errors: a full disk, a folder that may not be written
         print(f"distill.py: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("distill.py: interrupted; no student was written", file=sys.stderr)
-        return 130
     return 0
 
 

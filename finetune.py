@@ -36,8 +36,9 @@ from tqdm import tqdm
 
 import data
 import model
-from distill import ADAM_BETAS, ADAM_EPS, Parser, find_device, learning_rate, number
+from distill import ADAM_BETAS, ADAM_EPS, Parser, learning_rate, number
 from model import Bert, InputError, Linear, hub_files, one_line, read_json
+from run import find_device, weights_hash
 
 # ---- The tasks -----------------------------------------------------------------------------------------------
 
@@ -746,15 +747,6 @@ def result_folder(output: Path, name: str, key: str, seed: int, others: set[str]
     if slug in plain.values():
         slug += "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
     return output / slug / f"{key}-seed{seed}"
-
-
-def weights_hash(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".safetensors", ".bin") or path.name in ("config.json", "vocab.txt", "tokenizer.json"):
-            with open(path, "rb") as file:
-                digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
 
 
 def write_outcome(outcome: Outcome, key: str, tokenizer, predictions: dict[str, list[str]], folder: Path):
