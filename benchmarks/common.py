@@ -1,8 +1,10 @@
 """What every benchmark needs: the program's own files on the path, a record of the machine, a way to keep results."""
 
+import concurrent.futures
 import datetime
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import platform
 import re
@@ -33,6 +35,15 @@ def header(argv: list[str], device: torch.device) -> dict:
             "versions": {"python": platform.python_version()} | versions,
             "date": datetime.date.today().isoformat(),
             "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *argv])}
+
+
+def alone(function, *arguments):
+    """Call a function in a process of its own, for its peak memory. It is forked from a server that has only imported
+    libraries: a process that is started afresh counts the peak of the one that started it as its own."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers.models.bert.modeling_bert"])
+    with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def write(path: Path, result: dict):

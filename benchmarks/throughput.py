@@ -18,13 +18,12 @@ What the figures mean:
 
 import argparse
 import collections
-import multiprocessing
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import RECIPE, header, write
+from common import RECIPE, alone, header, write
 from systems import SHAPES, SYSTEMS, build, check_all, random_batch, target
 
 import distill
@@ -77,14 +76,12 @@ def peak_memory(shape: str, name: str, device, bf16: bool, threads: int, sizes: 
 def peak_memories(args: argparse.Namespace, device, sizes: list[int], measured: list[Widths]) -> dict[str, list[float]]:
     """System -> MB at each of the widths `measured`. Under masks everything keeps its full size."""
     cuda = device.type == "cuda"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers.models.bert.modeling_bert"])
-    with context.Pool(1, maxtasksperchild=1) as pool:
-        def peaks(name: str, at: list[Widths]) -> list[float]:
-            return pool.apply(peak_memory, (args.shape, name, device, cuda, args.threads, sizes, at))
 
-        ours = peaks("ours", measured) if cuda else [peaks("ours", [widths])[0] for widths in measured]
-        return {"ours": ours} | {name: peaks(name, measured[:1]) * len(measured) for name in ("usual", "stock-best")}
+    def peaks(name: str, at: list[Widths]) -> list[float]:
+        return alone(peak_memory, args.shape, name, device, cuda, args.threads, sizes, at)
+
+    ours = peaks("ours", measured) if cuda else [peaks("ours", [widths])[0] for widths in measured]
+    return {"ours": ours} | {name: peaks(name, measured[:1]) * len(measured) for name in ("usual", "stock-best")}
 
 
 def time_steps(args: argparse.Namespace, device, sizes: list[int], steps_at: dict[Widths, int], measured: list[Widths]):
