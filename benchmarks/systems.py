@@ -1,0 +1,304 @@
+"""The same training step written three times, with an equal interface, and the proof that the losses are the same.
+
+    ours         the step of distill.py, matrices sliced by the cuts
+    usual        as research code on top of `transformers` is written: logits and their KL at all positions, attention
+                 scores of every head, the optimizer's defaults, sensitivities of full-size matrices; pruning by masks
+    stock-best   the best that stock modules allow: fused attention, logits at the masked positions, head-averaged
+                 scores in one product, fused optimizer, sensitivities summed over units at once; pruning by masks
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from common import RECIPE
+from torch import nn
+from transformers import AttentionInterface, BertForMaskedLM
+from transformers import BertConfig as StockConfig
+
+import distill
+import prune
+from data import MASKED_SHARE, Batch
+from distill import ADAM_BETAS, ADAM_EPS, Distiller, mean_mse, now
+from model import Bert, BertConfig, Output, mean_attention_scores
+from prune import Widths
+
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+SHAPES = {  # teacher, tokens in a sequence, sequences in a step on the CPU
+    "base": (BertConfig(30_522, 768, 12, 12, 3072, **NO_DROPOUT), 128, 8),
+    "small": (BertConfig(30_522, 256, 4, 8, 1024, **NO_DROPOUT), 128, 16),
+    "toy": (BertConfig(211, 32, 2, 4, 96, **NO_DROPOUT), 16, 3),  # for the tests
+}
+ALPHAS = {"mlm": 1.0, "pred": 1.0, "hidn": 1.0, "emb": 1.0, "attn": 1.0}
+TOLERANCE = 1e-3  # relative, of every loss
+
+
+# ---- The three systems ---------------------------------------------------------------------------------------
+
+
+class Ours:
+    """The loop of distill.py, one step at a time."""
+
+    sliced = True  # are the student's matrices as small as its widths?
+    all_positions = False  # are logits computed where nothing is masked?
+    score_product = True  # do the compared scores take a product of their own, beside the attention's?
+
+    def __init__(self, teacher: Bert, student: Bert, config: BertConfig, device: torch.device, bf16: bool):
+        self.config, self.device, self.bf16 = config, device, bf16
+        self.widths, self.last = Widths.of(config), target(config)
+        self.teacher = self.convert(teacher).to(device).eval().requires_grad_(False)
+        self.distiller = self.compare(self.convert(student)).to(device).train()
+        self.optimizer = self.make_optimizer()
+        for group in self.optimizer.param_groups:
+            group["lr"] = RECIPE.learning_rate
+        self.sensitivity: dict[str, torch.Tensor] = {}
+        self.prepare(student)
+
+    def convert(self, bert: Bert) -> nn.Module:
+        return bert
+
+    def compare(self, student: nn.Module) -> Distiller:
+        return Distiller(student, ALPHAS)
+
+    def make_optimizer(self):
+        return distill.make_optimizer(self.distiller, RECIPE.weight_decay)
+
+    def prepare(self, student: Bert):
+        self.lineage = prune.new_lineage(self.distiller)
+
+    def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            with torch.no_grad():
+                target = self.teacher(batch.input_ids, batch.positions, want_scores=True)
+            return self.distiller(batch, target)
+
+    def step(self, batches: list[Batch]):
+        """One optimizer step over micro-batches; the order is that of distill.py."""
+        total = 0.0
+        for batch in batches:
+            loss = self.losses(batch)["loss"] / len(batches)
+            loss.backward()
+            total += loss.detach()
+        if self.widths != self.last:
+            self.accumulate_sensitivity()
+        norm = nn.utils.clip_grad_norm_(self.distiller.parameters(), RECIPE.clip)
+        if not torch.isfinite(norm + total):
+            raise RuntimeError("loss or gradient is not finite")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.apply_masks()
+
+    def accumulate_sensitivity(self):
+        prune.accumulate_sensitivity(self.sensitivity, self.distiller, RECIPE.sensitivity_decay)
+
+    def apply_masks(self):
+        """Nothing: what was cut does not exist."""
+
+    def narrow(self, new: Widths, importance: dict[str, torch.Tensor]) -> float:
+        """Cut to `new` and return the seconds that it took."""
+        start = now(self.device)
+        keep = prune.choose_units(importance, self.widths, new)
+        prune.cut(self.distiller, keep, new, self.optimizer, (self.sensitivity, self.lineage))
+        self.widths = new
+        return now(self.device) - start
+
+    @classmethod
+    def flops_per_token(cls, config: BertConfig, seq_length: int, widths: Widths) -> float:
+        """Operations in the matrix products of a step: teacher forward, student forward, and twice that backward."""
+        logits = 1.0 if cls.all_positions else masked_positions(seq_length) / seq_length
+        scores = 2 * seq_length * cls.score_product
+
+        def forward(w: Widths) -> float:
+            inner = w.heads * w.head_size
+            layer = 8 * w.hidden * inner + 4 * w.hidden * w.intermediate + (4 * seq_length + scores) * inner
+            return config.num_hidden_layers * layer + logits * 2 * w.hidden * (w.hidden + config.vocab_size)
+
+        teacher = Widths.of(config)
+        student = widths if cls.sliced else teacher
+        projections = 2 * (config.num_hidden_layers + 1) * student.hidden * teacher.hidden
+        return forward(teacher) + 3 * (forward(student) + projections)
+
+
+class StockBert(BertForMaskedLM):
+    """A stock BERT that hands out what the losses need: logits at `positions`, scores from one product a layer."""
+
+    def forward(self, input_ids, positions, want_scores) -> Output:
+        projected = []
+        attention = [layer.attention.self for layer in self.bert.encoder.layer]
+        hooks = [linear.register_forward_hook(lambda _, inputs, output: projected.append(output))
+                 for module in attention for linear in (module.query, module.key)]
+        embedding, *hidden = self.bert(input_ids, output_hidden_states=True).hidden_states
+        for hook in hooks:
+            hook.remove()
+        scores = [mean_attention_scores(q, k, self.config.num_attention_heads)
+                  for q, k in zip(projected[::2], projected[1::2], strict=True)]
+        return Output(embedding, hidden, scores, self.cls(hidden[-1].flatten(0, 1)[positions]))
+
+
+class StockBest(Ours):
+    """As good as stock modules allow. They cannot be narrower by a few dimensions, so masks stand for the cuts."""
+
+    sliced = False
+    bert, attention = StockBert, "sdpa"
+
+    def convert(self, bert: Bert) -> nn.Module:
+        config = StockConfig(**{k: v for k, v in vars(self.config).items() if k != "attention_head_size"})
+        config._attn_implementation = self.attention
+        stock = self.bert(config)
+        tied = {"weight": bert.bert.embeddings.word_embeddings.weight, "bias": bert.cls["predictions"].bias}
+        stock.load_state_dict(bert.state_dict() | {f"cls.predictions.decoder.{name}": t for name, t in tied.items()})
+        return stock
+
+    def prepare(self, student: Bert):
+        """Names are those of our own model, so its table says along which dimensions a parameter is cut."""
+        parameters = dict(self.distiller.named_parameters())
+        axes = prune.tensor_axes(Distiller(student, ALPHAS))
+        self.cuttable = {name: (parameters[name], dimensions) for name, dimensions in axes.items()}
+        self.masks = [torch.ones_like(p) for p, _ in self.cuttable.values()]
+
+    def narrow(self, new: Widths, lineage: dict[str, torch.Tensor]):
+        """Mask everything but the units that `lineage` says have survived."""
+        self.widths = new
+        for mask, (_, dimensions) in zip(self.masks, self.cuttable.values(), strict=True):
+            mask.fill_(1)
+            for dimension, units in dimensions.items():
+                kept = torch.zeros(mask.shape[dimension], device=self.device).index_fill_(0, lineage[units], 1)
+                mask.mul_(kept[:, None] if mask.dim() == 2 and dimension == 0 else kept)
+        self.apply_masks()
+
+    @torch.no_grad()
+    def apply_masks(self):
+        torch._foreach_mul_([p for p, _ in self.cuttable.values()], self.masks)
+
+    @torch.no_grad()
+    def accumulate_sensitivity(self):
+        sums: dict[str, torch.Tensor] = {}
+        for p, dimensions in self.cuttable.values():
+            values = (p * p.grad).abs_()
+            for dimension, units in dimensions.items():
+                total = values.sum(1 - dimension) if values.dim() == 2 else values
+                sums[units] = sums[units] + total if units in sums else total
+        for units, total in sums.items():
+            self.sensitivity.setdefault(units, total).lerp_(total, 1 - RECIPE.sensitivity_decay)
+
+def attention_with_scores(module, query, key, value, mask, scaling, dropout=0.0, **_):
+    """Eager attention as in `transformers`, which also keeps the scores before the softmax, (B,H,S,S)."""
+    module.scores = query @ key.transpose(2, 3) * scaling
+    weights = F.dropout(module.scores.softmax(-1), dropout, module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+AttentionInterface.register("with_scores", attention_with_scores)
+
+
+class UsualBert(BertForMaskedLM):
+    def forward(self, input_ids, positions=None, want_scores=True) -> Output:
+        output = super().forward(input_ids, output_hidden_states=True, output_attentions=True)
+        scores = [vars(layer.attention.self).pop("scores").mean(1) for layer in self.bert.encoder.layer]
+        return Output(output.hidden_states[0], output.hidden_states[1:], scores, output.logits)  # logits (B,S,V)
+
+
+class UsualDistiller(Distiller):
+    """The same losses from logits at all positions, of which only the masked ones count."""
+
+    def forward(self, batch: Batch, teacher: Output) -> dict[str, torch.Tensor]:
+        student = self.student(batch.input_ids)
+        labels = torch.full_like(batch.input_ids, -100).flatten().index_put_((batch.positions,), batch.labels)  # (B*S,)
+        log_p, log_q = (F.log_softmax(output.logits.float(), dim=-1) for output in (teacher, student))
+        divergence = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)  # (B,S)
+        losses = {"mlm": F.cross_entropy(student.logits.flatten(0, 1).float(), labels),
+                  "pred": divergence.flatten()[labels >= 0].mean(),
+                  "hidn": self.hidden_loss(student, teacher),
+                  "emb": mean_mse([self.embedding_projection(student.embedding)], [teacher.embedding]),
+                  "attn": mean_mse(student.scores, teacher.scores)}
+        return {"loss": sum(losses.values())} | losses
+
+
+class Usual(StockBest):
+    """What most published code does."""
+
+    bert, attention = UsualBert, "with_scores"
+    all_positions, score_product = True, False
+
+    def compare(self, student):
+        return UsualDistiller(student, ALPHAS)
+
+    def make_optimizer(self):
+        return torch.optim.AdamW(self.distiller.parameters(), betas=ADAM_BETAS, eps=ADAM_EPS,
+                                 weight_decay=RECIPE.weight_decay)
+
+    @torch.no_grad()
+    def accumulate_sensitivity(self):
+        decay = RECIPE.sensitivity_decay
+        for name, p in self.distiller.named_parameters():
+            sensitivity = (p * p.grad).abs()
+            if name in self.sensitivity:
+                sensitivity = decay * self.sensitivity[name] + (1 - decay) * sensitivity
+            self.sensitivity[name] = sensitivity
+
+    @torch.no_grad()
+    def apply_masks(self):
+        for mask, (p, _) in zip(self.masks, self.cuttable.values(), strict=True):
+            p.mul_(mask)
+
+
+SYSTEMS = {"usual": Usual, "stock-best": StockBest, "ours": Ours}  # ours keeps the weights that the others copy
+
+
+# ---- Before the clock runs -----------------------------------------------------------------------------------
+
+
+def masked_positions(seq_length: int) -> int:
+    return max(1, round(MASKED_SHARE * (seq_length - 2)))  # in a row, as in data.Rows
+
+
+def target(config: BertConfig) -> Widths:
+    return prune.target_widths(config, config.hidden_size // 2)
+
+
+def random_batch(shape: str, rows: int, device) -> Batch:
+    config, seq_length, _ = SHAPES[shape]
+    ids = torch.randint(config.vocab_size, (rows, seq_length))
+    columns = 1 + torch.rand(rows, seq_length - 2).argsort(1)[:, : masked_positions(seq_length)]  # (B,m)
+    positions = (columns.sort(1).values + torch.arange(rows)[:, None] * seq_length).flatten()  # (M,)
+    return Batch(ids, positions, torch.randint(config.vocab_size, positions.shape)).to(device)
+
+
+def build(shape: str, names: list[str], device, bf16: bool) -> dict[str, Ours]:
+    """The systems with equal weights: a random teacher, and a student beside it so that no loss is zero."""
+    torch.manual_seed(0)
+    config = SHAPES[shape][0]
+    teacher = Bert(copy.copy(config), pooler=False)
+    student = copy.deepcopy(teacher)
+    with torch.no_grad():
+        for p in student.parameters():
+            p.add_(torch.randn_like(p), alpha=config.initializer_range / 2)
+    return {name: SYSTEMS[name](teacher, student, config, device, bf16) for name in SYSTEMS if name in names}
+
+
+def check_agreement(systems: dict[str, Ours], batch: Batch, where: str):
+    """Raise RuntimeError unless the peers' losses are ours to TOLERANCE."""
+    ours = systems["ours"].losses(batch)
+    for name, system in systems.items():
+        for loss, value in system.losses(batch).items():
+            if not abs(value.item() - ours[loss].item()) <= TOLERANCE * abs(ours[loss].item()):
+                raise RuntimeError(f"{name} does not agree with ours {where}: loss {loss} is {value.item():.6g}, "
+                                   f"not {ours[loss].item():.6g}")
+
+
+def check_all(shape: str, device):
+    """Compare the losses in float32 at full width, and with feed-forward, query-key and value-output units cut.
+
+    Not with hidden dimensions cut: a stock LayerNorm takes its mean and variance over the masked ones, too, so that
+    masks of the hidden width make another model, in every code that uses them.
+    """
+    systems = build(shape, list(SYSTEMS), device, bf16=False)
+    batch = random_batch(shape, 2, device)
+    ours = systems["ours"]
+    with torch.no_grad():
+        check_agreement(systems, batch, "at full width")
+        inner = ours.last._replace(hidden=ours.widths.hidden)
+        ours.narrow(inner, prune.unit_importance("magnitude", ours.distiller, {}, 0))
+        for name in ("usual", "stock-best"):
+            systems[name].narrow(inner, ours.lineage)
+        check_agreement(systems, batch, "with inner widths halved")
