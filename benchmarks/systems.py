@@ -19,9 +19,10 @@ from transformers import BertConfig as StockConfig
 import distill
 import prune
 from data import MASKED_SHARE, Batch
-from distill import ADAM_BETAS, ADAM_EPS, Distiller, mean_mse, now
+from distill import ADAM_BETAS, ADAM_EPS, Distiller, mean_mse
 from model import Bert, BertConfig, Output, mean_attention_scores
 from prune import Widths
+from run import now
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 SHAPES = {  # teacher, tokens in a sequence, sequences in a step on the CPU

@@ -28,8 +28,8 @@ from systems import SHAPES, SYSTEMS, build, check_all, random_batch, target
 
 import distill
 import prune
-from distill import memory_mb, now
 from prune import Widths
+from run import find_device, memory_mb, now
 
 CUDA_BATCH, CUDA_MICRO_BATCH = 1024, 256  # sequences in a step and at a time
 
@@ -173,7 +173,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--threads", type=int, default=2, help="Threads of the CPU [%(default)s].")
     parser.add_argument("--json", type=Path, help="Where the result goes.")
     args = parser.parse_args(argv)
-    device = distill.find_device(args.device)
+    device = find_device(args.device)
     cuda = device.type == "cuda"
     args.repeats = args.repeats or (3 if args.quick else 5)
     args.batch_size = args.batch_size or (CUDA_BATCH if cuda else SHAPES[args.shape][2])

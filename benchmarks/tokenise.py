@@ -21,8 +21,8 @@ from systems import SHAPES, build, random_batch, target
 
 import data
 import prune
-from distill import memory_mb
 from model import BertConfig
+from run import memory_mb
 
 TEACHER = ROOT / "teachers" / "small"
 VOCAB_SIZE = BertConfig.load(TEACHER).vocab_size
