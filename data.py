@@ -7,7 +7,6 @@ Every row gets the same number of masked positions, so M is known before the bat
 
 import ast
 import codecs
-import fcntl
 import gzip
 import hashlib
 import importlib.metadata
@@ -30,7 +29,7 @@ from tokenizers.models import WordPiece
 from tqdm import tqdm
 
 from model import InputError, hub_files, one_line, read_json
-from run import publish
+from run import locked, publish
 
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
 PIECE = 1 << 14  # characters: a longer document counts as several: bounded memory, and the split reaches inside it
@@ -293,8 +292,7 @@ def tokenise(corpora: list[str], tokenizer: Tokenizer, cache: Path) -> Tokens:
         folder = Path(cache) / key
         if not (folder / "meta.json").is_file():
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with open(folder.with_name(".lock"), "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # of two runs at once the second waits
+            with locked(folder.parent):  # of two runs at once the second waits
                 if not (folder / "meta.json").is_file():
                     work = folder.with_name(f"{key}.unfinished")
                     try:

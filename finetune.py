@@ -13,6 +13,7 @@ Every metric is in percent. Shape letters as in model.py; C is the number of a h
 import argparse
 import collections
 import dataclasses
+import datetime
 import gzip
 import hashlib
 import itertools
@@ -36,9 +37,9 @@ from tqdm import tqdm
 
 import data
 import model
+import run
 from distill import ADAM_BETAS, ADAM_EPS, Parser, learning_rate, number
 from model import Bert, InputError, Linear, hub_files, one_line, read_json
-from run import find_device, weights_hash
 
 # ---- The tasks -----------------------------------------------------------------------------------------------
 
@@ -736,6 +737,12 @@ def write_results(output: Path, entries: list[dict]):
     os.replace(work, output / "results.json")
 
 
+def add_result(output: Path, entry: dict):
+    """Add one entry to results.json, to which other processes may be adding theirs."""
+    with run.locked(output):
+        write_results(output, [*read_results(output), entry])
+
+
 def identity(entry: dict) -> tuple[str, str, int]:
     return entry["model"], entry["task"], entry["seed"]
 
@@ -874,9 +881,9 @@ def settings_of(args: argparse.Namespace, key: str, source: Path | None, positio
         span=span if TASKS[key].kind == "span" else None)
 
 
-def run(args: argparse.Namespace):
+def evaluate_all(args: argparse.Namespace):
     """Everything that the flags ask for. All input is checked before the first step is taken. Raises InputError."""
-    device = find_device(args.device)
+    device = run.find_device(args.device)
     bf16 = args.precision == "bf16" or args.precision == "auto" and device.type == "cuda"
     keys = [key for key in TASKS if key in args.task or "all" in args.task]
     names, seeds = list(dict.fromkeys(args.model)), list(dict.fromkeys(args.seeds))
@@ -886,7 +893,7 @@ def run(args: argparse.Namespace):
     for name in names:
         folder = folders[name] = model.find_model(name)
         bert = model.load_model(folder)
-        positions, weights = bert.config.max_position_embeddings, weights_hash(folder)
+        positions, weights = bert.config.max_position_embeddings, run.weights_hash(folder)
         tokenizers[name] = data.load_tokenizer(folder, bert.config.vocab_size)
         if bert.bert.pooler is None and any(TASKS[key].kind != "span" for key in keys):
             print(f"{name} has no pooler: it gets a fresh one")
@@ -913,7 +920,12 @@ def run(args: argparse.Namespace):
     choices = {identity(entry)[:2]: (entry["learning_rate"], entry["batch_size"]) for entry in done.values()}
     todo = [one for one in wanted if one not in done]
     splits = {key: read_task(key, sources[key]) for key in keys if any(key == one[1] for one in todo)}
-    write_results(args.output, entries)
+    run.join_processes(torch.device("cpu"), datetime.timedelta(days=7))
+    if run.RANK == 0:
+        write_results(args.output, entries)
+    run.gather("written")  # the others may add to it from here on
+    shared_out = list(dict.fromkeys(one[:2] if args.grid else one for one in todo))  # a grid serves all of its seeds
+    todo = [one for one in todo if shared_out.index(one[:2] if args.grid else one) % run.WORLD == run.RANK]
     print("the best epoch is chosen on dev, the split that is reported here")
 
     begun = time.perf_counter()
@@ -938,17 +950,19 @@ def run(args: argparse.Namespace):
             files = prediction_files(outcome, key, splits[key], rows, trial, device)
             write_outcome(outcome, key, tokenizer, files, folder)
             seconds = time.perf_counter() - start
-            entries.append({
+            entry = {
                 "model": name, "task": key, "seed": one[2], "metrics": outcome.metrics, "folder": str(folder),
                 "seconds": round(seconds, 2), "epoch": outcome.epoch, "learning_rate": trial.learning_rate,
-                "batch_size": trial.batch_size, "settings": dataclasses.asdict(now)})
-            write_results(args.output, entries)
+                "batch_size": trial.batch_size, "settings": dataclasses.asdict(now)}
+            add_result(args.output, entry)
             position = todo.index(one) + 1
             left = (time.perf_counter() - begun) / position * (len(todo) - position)
             capped = f", {outcome.steps} steps" if now.max_steps else ""
             print(f"  {describe(outcome.metrics)} (epoch {outcome.epoch} of {outcome.epochs}{capped}; {seconds:.0f} s; "
                   f"{position} of {len(todo)} done, about {left / 60:.0f} min left)", flush=True)
 
+    run.gather("done")
+    entries = read_results(args.output)
     print(f"\ndev, percent{', mean ± standard deviation over seeds' if len(seeds) > 1 else ''}\n")
     print(end_table([entry for entry in entries if identity(entry) in wanted], names, keys))
     print(f"\nresults: {args.output / 'results.json'}")
@@ -956,7 +970,8 @@ def run(args: argparse.Namespace):
 
 def main(argv: list[str] | None = None) -> int:
     try:
-        run(parse_arguments(argv))
+        with run.only_the_first_speaks():
+            evaluate_all(parse_arguments(argv))
     except InputError as error:
         print(f"finetune.py: error: {error}", file=sys.stderr)
         return 2

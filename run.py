@@ -9,6 +9,7 @@ Checkpoints: a folder each, complete or not there. `state.safetensors` holds all
 import argparse
 import contextlib
 import datetime
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -57,10 +58,11 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def join_processes(device: torch.device):
-    """Meet the other processes that torchrun started, if there are any."""
+def join_processes(device: torch.device, patience: datetime.timedelta = datetime.timedelta(minutes=10)):
+    """Meet the other processes that torchrun started, if there are any, and wait for each of them at most so long. (One
+    that dies is noticed at once.)"""
     if WORLD > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=10))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
 
 
 def gather(value) -> list:
@@ -186,6 +188,17 @@ def publish(work: Path, folder: Path):
         flush(path)
     work.rename(folder)
     flush(folder.parent)
+
+
+@contextlib.contextmanager
+def locked(folder: Path):
+    """`with locked(folder)`: one process at a time; the lock ends with its owner, however that ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def file_hash(path: Path) -> str:

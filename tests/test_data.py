@@ -307,7 +307,7 @@ def test_a_bad_file_is_named_in_one_line_and_leaves_nothing(tmp_path, tokenizer,
     (tmp_path / name).write_bytes(content)
     with refused(words, *([] if words in ("empty", "single line") else [name])):
         data.tokenise([str(tmp_path / name)], tokenizer, tmp_path / "cache")
-    assert not list(tmp_path.glob("cache/[!.]*"))
+    assert not list(tmp_path.glob("cache/*"))
 
 
 def test_parquet_files_without_usable_text(tmp_path, documents, tokenizer, refused):
@@ -441,7 +441,7 @@ def test_the_second_run_finds_the_tokens(tmp_path, corpus, tokenizer, monkeypatc
     monkeypatch.setattr(data, "write_tokens", lambda *_: pytest.fail("tokenised again"))
     again = data.tokenise([str(corpus)], tokenizer, tmp_path)
     assert again.key == first.key and np.array_equal(again.train, first.train)
-    assert [path.name for path in tmp_path.glob("[!.]*")] == [first.key]
+    assert [path.name for path in tmp_path.iterdir()] == [first.key]
 
 
 def test_other_content_and_another_tokenizer_are_tokenised_anew(tmp_path, documents, tokenizer):
@@ -452,7 +452,7 @@ def test_other_content_and_another_tokenizer_are_tokenised_anew(tmp_path, docume
     other.normalizer = normalizers.BertNormalizer(lowercase=False)
     keys = [key(documents, tokenizer), key(documents[:-1] + ["Day 119: the king"], tokenizer), key(documents, other)]
     assert len(set(keys)) == 3 and key(documents, tokenizer) == keys[0]
-    assert len(list((tmp_path / "cache").glob("[!.]*"))) == 3
+    assert len(list((tmp_path / "cache").iterdir())) == 3
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, OSError(28, "No space left on device")])
