@@ -294,6 +294,7 @@ def distill(args: argparse.Namespace) -> Path:
         print(f"{args.output} is finished")
         return args.output / "student"
     device = run.find_device(args.device)
+    run.reuse_memory()
     bf16 = args.precision == "bf16" or args.precision == "auto" and device.type == "cuda"
     torch.use_deterministic_algorithms(args.deterministic)
     folder = model.find_model(args.teacher)

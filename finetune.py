@@ -884,6 +884,7 @@ def settings_of(args: argparse.Namespace, key: str, source: Path | None, positio
 def evaluate_all(args: argparse.Namespace):
     """Everything that the flags ask for. All input is checked before the first step is taken. Raises InputError."""
     device = run.find_device(args.device)
+    run.reuse_memory()
     bf16 = args.precision == "bf16" or args.precision == "auto" and device.type == "cuda"
     keys = [key for key in TASKS if key in args.task or "all" in args.task]
     names, seeds = list(dict.fromkeys(args.model)), list(dict.fromkeys(args.seeds))

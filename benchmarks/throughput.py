@@ -29,7 +29,7 @@ from systems import SHAPES, SYSTEMS, build, check_all, random_batch, target
 import distill
 import prune
 from prune import Widths
-from run import find_device, memory_mb, now
+from run import find_device, memory_mb, now, reuse_memory
 
 CUDA_BATCH, CUDA_MICRO_BATCH = 1024, 256  # sequences in a step and at a time
 
@@ -174,6 +174,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", type=Path, help="Where the result goes.")
     args = parser.parse_args(argv)
     device = find_device(args.device)
+    reuse_memory()  # for all systems: it is a setting of the process
     cuda = device.type == "cuda"
     args.repeats = args.repeats or (3 if args.quick else 5)
     args.batch_size = args.batch_size or (CUDA_BATCH if cuda else SHAPES[args.shape][2])
