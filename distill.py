@@ -30,6 +30,7 @@ from torch import nn
 from tqdm import tqdm
 
 import data
+import improve
 import model
 import prune
 from model import Bert, InputError, Linear, Output
@@ -99,6 +100,10 @@ FLAGS = (
     ("--importance", "sensitivity", ("sensitivity", "magnitude", "random"), "What decides which units go."),
     ("--sensitivity-decay", 0.9, number(float, 0, 0.9999), "Decay of the sensitivities' average over the steps, 0 "
      "for the last step alone [ours: about ten steps, which steadies the ranking]."),
+    ("--align-heads", False, bool, "Turn the dimensions of every head, before training, so that few of them do most of "
+     "its work [ours: cuts of heads do less harm]."),
+    ("--compensate", False, bool, "Before a cut, fold into the weights what the units that stay can say about those "
+     "that go [ours: every cut does less harm]."),
     ("--eval-every", None, COUNT, "Steps between evaluations. A tenth of the run unless given."),
     ("--eval-rows", 128, COUNT, "Held-out sequences in an evaluation."),
     ("--log-every", 10, COUNT, "Steps between lines in log.jsonl."),
@@ -294,6 +299,12 @@ def distill(args: argparse.Namespace) -> Path:
     def autocast():
         return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
+    def fit_batches(units: int, step: int):
+        return improve.fit_batches(rows, units, args.seed, step, args.batch_size, micro, device)
+
+    if args.align_heads:
+        improve.align_heads(student, fit_batches(first.hidden, 0))
+
     start_run(args)
     print(f"{args.teacher}: {teacher.parameter_count() / 1e6:.1f} M parameters, D F H K {tuple(first)} -> "
           f"{tuple(last)}\n{args.steps} steps of {args.batch_size} x {args.seq_length} tokens on {device}; "
@@ -353,6 +364,8 @@ def distill(args: argparse.Namespace) -> Path:
                 start = now(device)
                 importance = prune.unit_importance(args.importance, distiller, sensitivity, args.seed + step)
                 keep = prune.choose_units(importance, widths, new)
+                if args.compensate:
+                    improve.compensate(distiller, keep, fit_batches(max(map(len, keep.values())), step + 1))
                 prune.cut(distiller, keep, new, optimizer, (sensitivity, lineage))
                 log("cut", step=step + 1, before=widths._asdict(), after=new._asdict(),
                     milliseconds=(now(device) - start) * 1000)
