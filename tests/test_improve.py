@@ -213,8 +213,8 @@ def test_modes_hooks_and_dropout_are_as_before():
 
 def test_fit_batches_are_the_rows_to_come(tokenizer):
     rows = data.Rows(np.arange(14 * 50) % 100, 16, tokenizer)
-    got = list(improve.fit_batches(rows, 13, seed=3, step=2, batch_size=8, micro=3, device="cpu"))  # 13 rows
-    assert [len(b.input_ids) for b in got] == [3, 3, 2, 3, 2]
+    got = list(improve.fit_batches(rows, 26, seed=3, step=2, batch_size=8, micro=3, device="cpu"))
+    assert [len(b.input_ids) for b in got] == [3, 3, 2, 3, 2]  # 13 rows of 16 tokens: 8 tokens for each of 26 units
     coming = [rows.training_batch(3, step, 8).input_ids for step in (2, 3)]
     assert torch.equal(torch.cat([b.input_ids for b in got]), torch.cat(coming)[:13])
 
