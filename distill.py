@@ -29,6 +29,7 @@ from torch import nn
 from tqdm import tqdm
 
 import data
+import improve
 import model
 import prune
 import run
@@ -104,6 +105,10 @@ FLAGS = (
     ("--importance", "sensitivity", ("sensitivity", "magnitude", "random"), "What decides which units go."),
     ("--sensitivity-decay", 0.9, number(float, 0, 0.9999), "Decay of the sensitivities' average over the steps, 0 "
      "for the last step alone [ours: about ten steps, which steadies the ranking]."),
+    ("--align-heads", False, bool, "Turn the dimensions of every head, before training, so that few of them do most of "
+     "its work [ours: cuts of heads do less harm]."),
+    ("--compensate", False, bool, "Before a cut, fold into the weights what the units that stay can say about those "
+     "that go [ours: every cut does less harm]."),
     ("--eval-every", None, COUNT, "Steps between evaluations. A tenth of the run unless given."),
     ("--eval-rows", 128, COUNT, "Held-out sequences in an evaluation."),
     ("--log-every", 10, COUNT, "Steps between lines in log.jsonl."),
@@ -376,6 +381,12 @@ def distill(args: argparse.Namespace) -> Path:
         return largest_micro_batch(trial, last_row - first_row)
 
     micro, fitted_width = record["micro_batch_size"] if saved else fit(), widths.hidden
+
+    def fit_batches(units: int, step: int):
+        return improve.fit_batches(rows, units, args.seed, step, args.batch_size, micro, device)
+
+    if args.align_heads and not saved:
+        improve.align_heads(student, fit_batches(first.hidden, 0))
     all_used = all(alphas.values()) or teacher.cls is None and all(alphas[name] for name in ("hidn", "emb", "attn"))
     engine = run.parallel(distiller, all_used)
 
@@ -460,6 +471,8 @@ def distill(args: argparse.Namespace) -> Path:
                 importance = prune.unit_importance(args.importance, distiller, sensitivity, args.seed + step)
                 keep = prune.choose_units(importance, widths, new)
                 run.check_agreement(step + 1, keep)
+                if args.compensate:
+                    improve.compensate(distiller, keep, fit_batches(max(map(len, keep.values())), step + 1))
                 prune.cut(distiller, keep, new, optimizer, (sensitivity, lineage))
                 log("cut", step=step + 1, before=widths._asdict(), after=new._asdict(),
                     milliseconds=(run.now(device) - start) * 1000)

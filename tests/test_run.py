@@ -102,7 +102,7 @@ def undisturbed(tmp_path_factory, checkpoint, corpus):
     return make
 
 
-@pytest.mark.parametrize("more", [(), ("--micro-batch-size", 4)])
+@pytest.mark.parametrize("more", [(), ("--micro-batch-size", 4), ("--align-heads", "--compensate")])
 @pytest.mark.parametrize("step", [0, 1, 3, 6, 9])
 def test_a_resumed_run_ends_bit_for_bit_where_the_undisturbed_one_does(flags, tmp_path, undisturbed, more, step):
     """Before the first cut, in the middle of the cuts, in the step of one, after the last; with dropout."""
@@ -366,7 +366,8 @@ def torchrun(count: int, *arguments, timeout=120) -> subprocess.CompletedProcess
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT)
 
 
-@pytest.mark.parametrize("count, more", [(2, ()), (3, ("--micro-batch-size", 1)), (2, ("--alpha-hidn", 0))])
+@pytest.mark.parametrize("count, more", [(2, ()), (3, ("--micro-batch-size", 1)), (2, ("--alpha-hidn", 0)),
+                                         (2, ("--align-heads", "--compensate"))])
 def test_several_processes_make_the_same_student(flags, tmp_path, undisturbed, count, more):
     """Three processes have 2 rows each, in micro-batches of 1; without L_hidn a projection has no gradient."""
     flags = [*flags, "--dropout", "0"]
