@@ -366,8 +366,7 @@ def torchrun(count: int, *arguments, timeout=120) -> subprocess.CompletedProcess
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT)
 
 
-@pytest.mark.parametrize("count, more", [(2, ()), (3, ("--micro-batch-size", 1)), (2, ("--alpha-hidn", 0)),
-                                         (2, ("--align-heads", "--compensate"))])
+@pytest.mark.parametrize("count, more", [(2, ()), (3, ("--micro-batch-size", 1)), (2, ("--alpha-hidn", 0))])
 def test_several_processes_make_the_same_student(flags, tmp_path, undisturbed, count, more):
     """Three processes have 2 rows each, in micro-batches of 1; without L_hidn a projection has no gradient."""
     flags = [*flags, "--dropout", "0"]
@@ -386,7 +385,7 @@ def test_several_processes_make_the_same_student(flags, tmp_path, undisturbed, c
 
 def test_several_processes_resume_bit_for_bit(flags, tmp_path):
     """Interrupted by a signal to torchrun, which passes it on."""
-    flags = [*flags, "--steps", "60"]
+    flags = [*flags, "--steps", "300", "--eval-every", "150"]
     assert torchrun(2, "distill.py", *flags, "--output", tmp_path / "whole").returncode == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "distill.py"]
     process = subprocess.Popen([*command, *flags, "--output", str(tmp_path / "run")], cwd=ROOT, text=True,
