@@ -100,6 +100,8 @@ FLAGS = (
     ("--temperature", 1.0, number(float, 1e-3, 1e3), "Temperature tau of the KL divergence [ours]."),
     ("--prune-start", 0.0, FRACTION, "Fraction of the run at which cutting begins, t_i."),
     ("--prune-end", 0.7, FRACTION, "Fraction at which the target is reached, t_f; as --prune-start: all cut at once."),
+    ("--init", "teacher", ("teacher", "truncated", "random"), "Where the student starts: as the teacher, which is the "
+     "method; or, to compare, at its final widths with the teacher's first units or with random weights."),
     ("--granularity", 8, COUNT, "Hidden dimensions cut together, feed-forward neurons go by four times as many [ours: "
      "GPUs want multiples of 8]."),
     ("--importance", "sensitivity", ("sensitivity", "magnitude", "random"), "What decides which units go."),
@@ -342,12 +344,20 @@ def distill(args: argparse.Namespace) -> Path:
     lineage = prune.new_lineage(distiller)
     sensitivity: dict[str, torch.Tensor] = {}
     widths, begun = first, 0
+    start = first if args.init == "teacher" else last  # of the path
     if saved:  # its shape is what the cuts up to then have left of the teacher
         tensors, record = saved
         lineage, sensitivity = (run.with_prefix(tensors, f"{name}.", device) for name in ("lineage", "sensitivity"))
         widths, begun, result = prune.Widths(**record["widths"]), record["step"], record["evaluation"]
         prune.cut(distiller, lineage, widths)
         distiller.load_state_dict(run.with_prefix(tensors, "model."))
+    elif args.init != "teacher":  # the classical ways
+        in_order = {units: -torch.arange(len(kept), device=device) for units, kept in lineage.items()}
+        prune.cut(distiller, prune.choose_units(in_order, first, last), last, per_unit=(lineage,))
+        widths = last
+        if args.init == "random":
+            fresh = Bert(student.config, student.bert.pooler is not None, student.cls is not None)
+            student.load_state_dict(fresh.state_dict())
     optimizer = make_optimizer(distiller, args.weight_decay)
     if saved:
         run.restore_moments(distiller, optimizer, tensors)
@@ -465,9 +475,9 @@ def distill(args: argparse.Namespace) -> Path:
             optimizer.zero_grad()
 
             # The schedule, and the cut: parameters, moments, projections, sensitivities, lineage.
-            new = prune.scheduled_widths(step + 1, prune_start, prune_end, first, last, args.granularity)
+            new = prune.scheduled_widths(step + 1, prune_start, prune_end, start, last, args.granularity)
             if new != widths:
-                start = run.now(device)
+                cut_at = run.now(device)
                 importance = prune.unit_importance(args.importance, distiller, sensitivity, args.seed + step)
                 keep = prune.choose_units(importance, widths, new)
                 run.check_agreement(step + 1, keep)
@@ -475,7 +485,7 @@ def distill(args: argparse.Namespace) -> Path:
                     improve.compensate(distiller, keep, fit_batches(max(map(len, keep.values())), step + 1))
                 prune.cut(distiller, keep, new, optimizer, (sensitivity, lineage))
                 log("cut", step=step + 1, before=widths._asdict(), after=new._asdict(),
-                    milliseconds=(run.now(device) - start) * 1000)
+                    milliseconds=(run.now(device) - cut_at) * 1000)
                 widths = new
                 if widths.hidden * 2 <= fitted_width:
                     micro, fitted_width = fit(), widths.hidden
@@ -509,7 +519,7 @@ def distill(args: argparse.Namespace) -> Path:
         checkpoints.wait()
 
     if run.RANK == 0:
-        export(student, tokenizer, lineage, args.output / "student")
+        export(student, tokenizer, {} if args.init == "random" else lineage, args.output / "student")
         shutil.rmtree(checkpoints.folder)
         milliseconds = milliseconds_per_sequence([teacher, student], heldout, device, autocast)
         print(end_table(teacher, student, result, milliseconds))

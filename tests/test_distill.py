@@ -231,6 +231,23 @@ def test_the_sensitivity_decides_by_default_and_the_other_measures_differ(run):
     assert len(set(map(tuple, kept.values()))) == 3
 
 
+def test_the_classical_ways_to_begin(run, folder):
+    """At the final widths from the first step: the teacher's first units, or random weights that know nothing of it."""
+    code, output = run("--init", "truncated", "--learning-rate", 0, "--target-heads", 2)
+    assert code == 0 and not read_log(output, "cut")
+    lineage = json.loads((output / "student" / "lineage.json").read_text())
+    assert lineage["hidden"] == list(range(16)) and lineage["query_key.0"] == list(range(16))
+    teacher = load_file(folder / "teacher" / "model.safetensors")
+    name = "bert.encoder.layer.1.intermediate.dense.weight"
+    assert torch.equal(weights(output)[name], teacher[name][:32, :16])
+    code, output = run("--init", "random", "--learning-rate", 0, "--overwrite", "--log-every", 1)
+    assert code == 0 and not read_log(output, "cut") and {line["D"] for line in read_log(output, "train")} == {16}
+    assert json.loads((output / "student" / "lineage.json").read_text()) == {}
+    values = weights(output)[name]
+    assert values.shape == (32, 16) and 0.015 < values.std() < 0.025  # the teacher's are ten times as large
+    assert read_log(output, "eval")[0]["kl"] > 0.05
+
+
 def test_gradient_accumulation_equals_one_big_batch(run):
     results = []
     for micro in (8, 3, 1):

@@ -151,6 +151,15 @@ def test_a_run_can_be_resumed_many_times(flags, tmp_path, undisturbed):
     assert_same_end(tmp_path / "run", undisturbed(flags))
 
 
+def test_a_run_with_another_beginning_is_resumed(flags, tmp_path, undisturbed):
+    for init in ("truncated", "random"):
+        with pytest.MonkeyPatch.context() as patch:
+            kill_at(patch, 5)
+            until_killed(flags, tmp_path / init, "--save-every", 2, "--init", init)
+        assert resume(tmp_path / init) == 0
+        assert_same_end(tmp_path / init, undisturbed(flags, "--init", init))
+
+
 def test_a_failed_export_needs_no_step_again(flags, tmp_path, undisturbed, monkeypatch, capsys):
     def full(*_):
         raise OSError(28, "No space left on device")
