@@ -40,17 +40,27 @@ def tokenise_table(result: dict) -> str:
     return "\n".join([*lines, "", f"Making a training batch takes {share:.2%} of the fastest step of the small shape."])
 
 
+def fine_tuning_table(result: dict) -> str:
+    return ("One epoch of {training_rows:,} rows of SST-2, batches of {batch_size}, {parameters:,} parameters: "
+            "{seconds[ours]:,.0f} s, with the Trainer of `transformers` {seconds[trainer]:,.0f} s; in turns, ours takes "
+            "{ratio[median]:.2f} ({ratio[least]:.2f} to {ratio[most]:.2f}) of its time.").format(**result)
+
+
+KINDS = {"rows": throughput_table, "tokenise": tokenise_table, "ratio": fine_tuning_table}  # by a key of the result
+
+
 def tables(folder: Path) -> str:
     """Markdown of all results in a folder, in order of name; results of other kinds are passed over."""
     parts = []
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text())
-        if "rows" not in result and "tokenise" not in result:
+        kind = next((KINDS[key] for key in KINDS if key in result), None)
+        if kind is None:
             continue
         versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
         threads = f", {result['threads']} threads" if result["device"] == "cpu" else ""
         parts.append(f"`{result['command']}`: {result['machine']}{threads}; {versions}; {result['date']}")
-        parts.append(throughput_table(result) if "rows" in result else tokenise_table(result))
+        parts.append(kind(result))
     return "\n\n".join(parts)
 
 
