@@ -42,8 +42,8 @@ def tokenise_table(result: dict) -> str:
 
 def fine_tuning_table(result: dict) -> str:
     return ("One epoch of {training_rows:,} rows of SST-2, batches of {batch_size}, {parameters:,} parameters: "
-            "{seconds[ours]:,.0f} s, with the Trainer of `transformers` {seconds[trainer]:,.0f} s; in turns, ours takes "
-            "{ratio[median]:.2f} ({ratio[least]:.2f} to {ratio[most]:.2f}) of its time.").format(**result)
+            "{seconds[ours]:,.0f} s, with the Trainer of `transformers` {seconds[trainer]:,.0f} s; in turns, ours "
+            "takes {ratio[median]:.2f} ({ratio[least]:.2f} to {ratio[most]:.2f}) of its time.").format(**result)
 
 
 KINDS = {"rows": throughput_table, "tokenise": tokenise_table, "ratio": fine_tuning_table}  # by a key of the result
