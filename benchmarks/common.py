@@ -37,12 +37,17 @@ def header(argv: list[str], device: torch.device) -> dict:
             "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *argv])}
 
 
-def alone(function, *arguments):
-    """Call a function in a process of its own, for its peak memory. It is forked from a server that has only imported
-    libraries: a process that is started afresh counts the peak of the one that started it as its own."""
+def process() -> concurrent.futures.Executor:
+    """A process of its own, for its memory. It is forked from a server that has only imported libraries: a process that
+    is started afresh counts the peak of the one that started it as its own."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "transformers.models.bert.modeling_bert"])
-    with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
+    return concurrent.futures.ProcessPoolExecutor(1, context)
+
+
+def alone(function, *arguments):
+    """Call a function in a process of its own."""
+    with process() as pool:
         return pool.submit(function, *arguments).result()
 
 

@@ -18,12 +18,13 @@ What the figures mean:
 
 import argparse
 import collections
+import contextlib
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import RECIPE, alone, header, write
+from common import RECIPE, alone, header, process, write
 from systems import SHAPES, SYSTEMS, build, check_all, random_batch, target
 
 import distill
@@ -84,33 +85,61 @@ def peak_memories(args: argparse.Namespace, device, sizes: list[int], measured: 
     return {"ours": ours} | {name: peaks(name, measured[:1]) * len(measured) for name in ("usual", "stock-best")}
 
 
+LIVE: dict = {}  # of a process that runs one system: the system, its batches
+
+
+def begin(name: str, shape: str, device, bf16: bool, threads: int, sizes: list[int]):
+    torch.set_num_threads(threads)
+    if name != "usual":  # distill.py does so, and whoever wants the best can
+        reuse_memory()
+    LIVE.update(system=build(shape, [name], device, bf16)[name],
+                batches=[random_batch(shape, rows, device) for rows in sizes])
+
+
+def cut_ours(new: Widths) -> tuple[float, dict[str, torch.Tensor]]:
+    """Seconds that the cut took, and the units that are left."""
+    return LIVE["system"].narrow(new, LIVE["system"].sensitivity), LIVE["system"].lineage
+
+
+def mask_peer(new: Widths, lineage: dict[str, torch.Tensor]):
+    LIVE["system"].narrow(new, lineage)
+
+
+def step_seconds() -> float:
+    start = now(LIVE["system"].device)
+    LIVE["system"].step(LIVE["batches"])
+    return now(LIVE["system"].device) - start
+
+
 def time_steps(args: argparse.Namespace, device, sizes: list[int], steps_at: dict[Widths, int], measured: list[Widths]):
     """Walk down the schedule cut by cut; at the widths `measured` time one step of each system in turn, and a product.
+    Each system has a process of its own, so that the memory of one is not the other's.
 
     Returns system -> seconds of a step (repeats, widths), the rates of the product (repeats, widths), and the seconds
     of all cuts.
     """
     cuda = device.type == "cuda"
-    systems = build(args.shape, list(SYSTEMS), device, bf16=cuda)
-    ours = systems["ours"]
-    batches = [random_batch(args.shape, rows, device) for rows in sizes]
     matrix = torch.randn(*2 * [8192 if cuda else 2048], device=device, dtype=torch.bfloat16 if cuda else torch.float32)
-    seconds = {name: np.empty((args.repeats, len(measured))) for name in systems}
+    seconds = {name: np.empty((args.repeats, len(measured))) for name in SYSTEMS}
     rates, cut_seconds = np.empty((args.repeats, len(measured))), 0.0
-    for new in steps_at:
-        if new != ours.widths:
-            cut_seconds += ours.narrow(new, ours.sensitivity)
-        if new not in measured:
-            continue
-        for name in ("usual", "stock-best"):
-            systems[name].narrow(new, ours.lineage)
-        column = measured.index(new)
-        for repeat in (0, *range(args.repeats)):  # the first is a warm-up, and overwritten
-            for name, system in systems.items():
-                start = now(device)
-                system.step(batches)
-                seconds[name][repeat, column] = now(device) - start
-            rates[repeat, column] = product_rate(matrix)
+    with contextlib.ExitStack() as stack:
+        pools = {name: stack.enter_context(process()) for name in SYSTEMS}
+        for name, pool in pools.items():
+            pool.submit(begin, name, args.shape, device, cuda, args.threads, sizes).result()
+        widths = Widths.of(SHAPES[args.shape][0])
+        for new in steps_at:
+            if new != widths:
+                cut, lineage = pools["ours"].submit(cut_ours, new).result()
+                cut_seconds, widths = cut_seconds + cut, new
+            if new not in measured:
+                continue
+            for name in ("usual", "stock-best") if measured.index(new) else ():
+                pools[name].submit(mask_peer, new, lineage).result()
+            column = measured.index(new)
+            for repeat in (0, *range(args.repeats)):  # the first is a warm-up, and overwritten
+                for name, pool in pools.items():
+                    seconds[name][repeat, column] = pool.submit(step_seconds).result()
+                rates[repeat, column] = product_rate(matrix)
     return seconds, rates, cut_seconds
 
 
@@ -174,7 +203,6 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", type=Path, help="Where the result goes.")
     args = parser.parse_args(argv)
     device = find_device(args.device)
-    reuse_memory()  # for all systems: it is a setting of the process
     cuda = device.type == "cuda"
     args.repeats = args.repeats or (3 if args.quick else 5)
     args.batch_size = args.batch_size or (CUDA_BATCH if cuda else SHAPES[args.shape][2])
