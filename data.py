@@ -358,8 +358,10 @@ def blocks(files: list[Path], demo: bool, progress, line_documents: bool) -> Ite
     block, size = [], 0
     sources = [read_documents(file, progress, line_documents) for file in files] + [demo_documents()] * demo
     for document in itertools.chain(*sources):
+        if not document.strip():
+            continue  # a file can be a million blank lines
         block.append(document)
-        size += len(document)
+        size += max(len(document), 64)  # an encoding takes memory, however short its text
         if size > TOKENISE_AT_ONCE:
             yield block
             block, size = [], 0
