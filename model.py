@@ -478,6 +478,9 @@ def load_model(folder: Path) -> Bert:
         tensors.setdefault("cls.predictions.bias", bias)
     if decoder is not None and not torch.equal(decoder, tensors.get("bert.embeddings.word_embeddings.weight", decoder)):
         raise InputError(f"{folder}: cls.predictions.decoder.weight is not the word embeddings; tie it to them")
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise InputError(f"{folder}: {', '.join(broken[:8])}: numbers that are not finite; the weights are damaged")
     with torch.device("meta"):  # no memory, no time: every tensor is assigned below
         model = Bert(config, pooler="bert.pooler.dense.weight" in tensors,
                      head=any(name.startswith("cls.predictions.") for name in tensors))
