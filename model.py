@@ -399,6 +399,7 @@ def hub_files(name: str, kind: str, wanted) -> tuple[str, list[str]]:
     kind: "model" or "dataset". wanted: from all file names of the repository to those that are needed.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "4")  # seconds without a byte, six times before it gives up
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
