@@ -229,7 +229,7 @@ def check_output(output: Path, overwrite: bool):
     """Refuse a folder that has something in it, unless it is an old run and may be overwritten."""
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {output} is not a folder")
-    if output.is_dir() and any(output.iterdir()):
+    if output.is_dir() and any(path.name != "run.unfinished" for path in output.iterdir()):  # start_run was ended there
         if not overwrite:
             raise InputError(f"--output {output} is not empty: give another folder, or --overwrite to replace that run")
         if not (output / "run.json").is_file():
