@@ -245,8 +245,12 @@ def start_run(args: argparse.Namespace, traces: dict[str, str]):
     if RANK:
         return
     args.output.mkdir(parents=True, exist_ok=True)
-    for old in ("student", "checkpoints"):
-        shutil.rmtree(args.output / old, ignore_errors=True)
+    student, work = args.output / "student", args.output / "student.unfinished"
+    shutil.rmtree(work, ignore_errors=True)
+    if student.is_dir():
+        student.rename(work)  # all at once: what is left of a student would be taken for a finished one
+    for old in (work, args.output / "checkpoints"):
+        shutil.rmtree(old, ignore_errors=True)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "tokenizers", "safetensors")}
     versions |= {"python": platform.python_version(), "commit": program_commit()}
     record = {"flags": vars(args), "seed": args.seed, "versions": versions, **traces, "processes": WORLD}
