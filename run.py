@@ -254,10 +254,17 @@ def start_run(args: argparse.Namespace, traces: dict[str, str]):
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "tokenizers", "safetensors")}
     versions |= {"python": platform.python_version(), "commit": program_commit()}
     record = {"flags": vars(args), "seed": args.seed, "versions": versions, **traces, "processes": WORLD}
+    record["checksum"] = record_hash(record)
     work = args.output / "run.unfinished"
     work.write_text(json.dumps(record, indent=2, default=str) + "\n")
     flush(work)
     work.replace(args.output / "run.json")
+
+
+def record_hash(record: dict) -> str:
+    """A hash over run.json but for the hash itself: a run must not go on with flags that a bad disk has changed."""
+    content = {name: value for name, value in record.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def check_traces(output: Path, traces: dict[str, str]):
