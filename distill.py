@@ -565,6 +565,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         else:
             options["choices"] = kind
         parser.add_argument(flag, **options)
+    argv = sys.argv[1:] if argv is None else argv
+    for word in argv:
+        if word.encode(errors="replace").decode() != word:  # the libraries that write the student cannot spell it
+            raise InputError(f"{word!a}: a name that is not UTF-8; give that file or folder another one")
     given = vars(parser.parse_args(argv))
     demo = "teacher" not in given and "preset" not in given
     usual = {"teacher": "bert-base-uncased", "corpus": [HUB_CORPUS]}
