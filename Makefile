@@ -1,4 +1,5 @@
 # make distill: a new environment, then the demonstration. make test: a new environment, then all tests.
+# make test-faults: kills, full disks, damaged files and the like on hundreds of small runs, some minutes.
 PYTHON ?= python3
 
 distill: .venv/run
@@ -6,6 +7,9 @@ distill: .venv/run
 
 test: .venv/dev
 	.venv/bin/pytest
+
+test-faults: .venv/dev
+	.venv/bin/python tests/faults/faults.py
 
 lint: .venv/dev
 	.venv/bin/ruff check .
@@ -19,4 +23,4 @@ lint: .venv/dev
 	.venv/bin/pip install --quiet --requirement requirements-dev.txt
 	touch $@
 
-.PHONY: distill test lint
+.PHONY: distill test test-faults lint

@@ -29,7 +29,7 @@ from tokenizers.models import WordPiece
 from tqdm import tqdm
 
 from model import InputError, hub_files, one_line, read_json
-from run import locked, publish
+from run import flush, locked, publish
 
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
 PIECE = 1 << 14  # characters: a longer document counts as several: bounded memory, and the split reaches inside it
@@ -267,7 +267,7 @@ class Tokens:
 def corpus_key(files: list[Path], demo: bool, tokenizer: Tokenizer) -> str:
     """A hash over everything that the cached tokens depend on: contents, tokenizer, and the constants above."""
     version = importlib.metadata.version("tokenizers")
-    digest = hashlib.sha256(repr((2, demo, PIECE, HELDOUT_EVERY, HELDOUT_TOKENS, version)).encode())
+    digest = hashlib.sha256(repr((3, demo, PIECE, TOKENISE_AT_ONCE, HELDOUT_EVERY, HELDOUT_TOKENS, version)).encode())
     digest.update(tokenizer.to_str().encode())
     for file in files:
         with open(file, "rb") as stream:
@@ -320,7 +320,9 @@ def write_tokens(files: list[Path], demo: bool, tokenizer: Tokenizer, folder: Pa
     for line_documents in (False, True):
         replaced = Replacements()
         nothing = dict.fromkeys(("train", "heldout", "documents", "blocks"), 0)
-        counts = read_json(record) if record.is_file() else nothing
+        counts = read_json(record) if record.is_file() else nothing | {"line_documents": line_documents}
+        if counts["line_documents"] != line_documents:
+            continue  # it was ended in the second pass
         total = sum(file.stat().st_size for file in files)
         with (
             open(folder / "train.bin", "ab") as train,
@@ -342,13 +344,14 @@ def write_tokens(files: list[Path], demo: bool, tokenizer: Tokenizer, folder: Pa
                     part.flush()
                     os.fsync(part.fileno())
                 record.with_suffix(".new").write_text(json.dumps(counts))
+                flush(record.with_suffix(".new"))
                 record.with_suffix(".new").replace(record)
         if counts["documents"] > 1:
             break
         record.unlink(missing_ok=True)  # one document alone cannot be split by document: then every line counts as one
     if not counts["train"]:
         raise InputError("the corpus is empty or has a single line; give more text, a blank line between documents")
-    meta = counts | {"dtype": dtype.name, "replaced_bytes": replaced.count, "line_documents": line_documents}
+    meta = counts | {"dtype": dtype.name, "replaced_bytes": replaced.count}
     (folder / "meta.json").write_text(json.dumps(meta))
     record.unlink()
 
@@ -358,8 +361,10 @@ def blocks(files: list[Path], demo: bool, progress, line_documents: bool) -> Ite
     block, size = [], 0
     sources = [read_documents(file, progress, line_documents) for file in files] + [demo_documents()] * demo
     for document in itertools.chain(*sources):
+        if not document.strip():
+            continue  # a file can be a million blank lines
         block.append(document)
-        size += len(document)
+        size += max(len(document), 64)  # an encoding takes memory, however short its text
         if size > TOKENISE_AT_ONCE:
             yield block
             block, size = [], 0

@@ -589,6 +589,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         else:
             options["choices"] = kind
         parser.add_argument(flag, **options)
+    argv = sys.argv[1:] if argv is None else argv
+    for word in argv:
+        if word.encode(errors="replace").decode() != word:  # the libraries that write the student cannot spell it
+            raise InputError(f"{word!a}: a name that is not UTF-8; give that file or folder another one")
     given = vars(parser.parse_args(argv))
     demo = "teacher" not in given and "preset" not in given
     usual = {"teacher": "bert-base-uncased", "corpus": [HUB_CORPUS]}
@@ -610,9 +614,13 @@ def resumed_flags(output: Path, given: dict) -> dict:
         raise InputError("--resume and --overwrite: give one of them")
     if not (output / "run.json").is_file():
         raise InputError(f"--resume: there is no run in {output}; name its folder with --output")
-    began = read_json(output / "run.json").get("flags")
+    record = read_json(output / "run.json")
+    began = record.get("flags")
     if not isinstance(began, dict) or set(began) != {flag[2:].replace("-", "_") for flag, *_ in FLAGS}:
         raise InputError(f"--resume: {output / 'run.json'} was written by another version of this program")
+    if record.get("checksum") != run.record_hash(record):
+        raise InputError(f"--resume: {output / 'run.json'} is damaged: its checksum is another one; start anew with "
+                         "--overwrite")
     for name, value in given.items():
         if name not in MAY_CHANGE and json.loads(json.dumps(value, default=str)) != began[name]:
             raise InputError(f"--resume: --{name.replace('_', '-')} was {began[name]} when the run began, now {value}; "

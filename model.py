@@ -399,6 +399,7 @@ def hub_files(name: str, kind: str, wanted) -> tuple[str, list[str]]:
     kind: "model" or "dataset". wanted: from all file names of the repository to those that are needed.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "4")  # seconds without a byte, six times before it gives up
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -478,6 +479,9 @@ def load_model(folder: Path) -> Bert:
         tensors.setdefault("cls.predictions.bias", bias)
     if decoder is not None and not torch.equal(decoder, tensors.get("bert.embeddings.word_embeddings.weight", decoder)):
         raise InputError(f"{folder}: cls.predictions.decoder.weight is not the word embeddings; tie it to them")
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise InputError(f"{folder}: {', '.join(broken[:8])}: numbers that are not finite; the weights are damaged")
     with torch.device("meta"):  # no memory, no time: every tensor is assigned below
         model = Bert(config, pooler="bert.pooler.dense.weight" in tensors,
                      head=any(name.startswith("cls.predictions.") for name in tensors))

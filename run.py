@@ -240,7 +240,7 @@ def check_output(output: Path, overwrite: bool):
     """Refuse a folder that has something in it, unless it is an old run and may be overwritten."""
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {output} is not a folder")
-    if output.is_dir() and any(output.iterdir()):
+    if output.is_dir() and any(path.name != "run.unfinished" for path in output.iterdir()):  # start_run was ended there
         if not overwrite:
             raise InputError(f"--output {output} is not empty: give another folder, or --overwrite to replace that run")
         if not (output / "run.json").is_file():
@@ -256,15 +256,26 @@ def start_run(args: argparse.Namespace, traces: dict[str, str]):
     if RANK:
         return
     args.output.mkdir(parents=True, exist_ok=True)
-    for old in ("student", "checkpoints"):
-        shutil.rmtree(args.output / old, ignore_errors=True)
+    student, work = args.output / "student", args.output / "student.unfinished"
+    shutil.rmtree(work, ignore_errors=True)
+    if student.is_dir():
+        student.rename(work)  # all at once: what is left of a student would be taken for a finished one
+    for old in (work, args.output / "checkpoints"):
+        shutil.rmtree(old, ignore_errors=True)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "tokenizers", "safetensors")}
     versions |= {"python": platform.python_version(), "commit": program_commit()}
     record = {"flags": vars(args), "seed": args.seed, "versions": versions, **traces, "processes": WORLD}
+    record["checksum"] = record_hash(record)
     work = args.output / "run.unfinished"
     work.write_text(json.dumps(record, indent=2, default=str) + "\n")
     flush(work)
     work.replace(args.output / "run.json")
+
+
+def record_hash(record: dict) -> str:
+    """A hash over run.json but for the hash itself: a run must not go on with flags that a bad disk has changed."""
+    content = {name: value for name, value in record.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def check_traces(output: Path, traces: dict[str, str]):
