@@ -641,8 +641,12 @@ def main(argv: list[str] | None = None) -> int:
     except torch.OutOfMemoryError:
         print("distill.py: error: the GPU's memory is full; give a smaller --micro-batch-size", file=sys.stderr)
         return 2
-    except (InputError, OSError) as error:  # of the system's errors: a full disk, a folder that may not be written
+    except InputError as error:
         print(f"distill.py: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, a folder that may not be written
+        print(f"distill.py: error: {error}; when that is mended, --resume goes on from the last checkpoint",
+              file=sys.stderr)
         return 2
     return 0
 

@@ -295,7 +295,7 @@ def truncate_log(path: Path, step: int):
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
-            break  # torn by the end of the earlier process
+            continue  # torn by the end of the earlier process
     work = path.with_suffix(".unfinished")
     work.write_text("".join(kept))
     flush(work)

@@ -409,6 +409,20 @@ def test_several_processes_resume_bit_for_bit(flags, tmp_path):
     assert_same_end(tmp_path / "run", tmp_path / "whole")
 
 
+def test_a_run_goes_on_with_another_number_of_processes(flags, tmp_path, undisturbed):
+    flags = [*flags, "--dropout", "0"]
+    expected = undisturbed(flags, "--dropout", "0")
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(patch, 3)
+        until_killed(flags, tmp_path / "run", "--save-every", 1)
+    done = torchrun(2, "distill.py", "--resume", "--output", tmp_path / "run")
+    assert done.returncode == 0 and "resumed after step 3" in done.stdout, done.stderr
+    assert (tmp_path / "run" / "student" / "lineage.json").read_text() == (
+        expected / "student" / "lineage.json").read_text()
+    for name, tensor in student(expected).items():
+        torch.testing.assert_close(student(tmp_path / "run")[name], tensor, rtol=0, atol=2e-5, msg=name)
+
+
 def test_a_process_that_dies_ends_the_run(flags, tmp_path):
     code = ("import distill, os, run, sys\nreal = distill.learning_rate\n"
             "def deadly(step, *rest):\n    if step == 3 and run.RANK == 1: os._exit(9)\n    return real(step, *rest)\n"
