@@ -356,6 +356,7 @@ def distill(args: argparse.Namespace) -> Path:
         prune.cut(distiller, prune.choose_units(in_order, first, last), last, per_unit=(lineage,))
         widths = last
         if args.init == "random":
+            torch.manual_seed(args.seed)
             fresh = Bert(student.config, student.bert.pooler is not None, student.cls is not None)
             student.load_state_dict(fresh.state_dict())
     optimizer = make_optimizer(distiller, args.weight_decay)

@@ -246,6 +246,11 @@ def test_the_classical_ways_to_begin(run, folder):
     values = weights(output)[name]
     assert values.shape == (32, 16) and 0.015 < values.std() < 0.025  # the teacher's are ten times as large
     assert read_log(output, "eval")[0]["kl"] > 0.05
+    torch.rand(7)
+    code, output = run("--init", "random", "--learning-rate", 0, "--overwrite")
+    assert code == 0 and torch.equal(weights(output)[name], values)
+    code, output = run("--init", "random", "--learning-rate", 0, "--overwrite", "--seed", 1)
+    assert code == 0 and not torch.equal(weights(output)[name], values)
 
 
 def test_gradient_accumulation_equals_one_big_batch(run):
