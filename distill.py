@@ -303,6 +303,8 @@ def distill(args: argparse.Namespace) -> Path:
     device = run.find_device(args.device)
     run.reuse_memory()
     bf16 = args.precision == "bf16" or args.precision == "auto" and device.type == "cuda"
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
     torch.use_deterministic_algorithms(args.deterministic)
     folder = model.find_model(args.teacher)
     teacher = model.load_model(folder).to(device).eval().requires_grad_(False)

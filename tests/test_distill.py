@@ -319,6 +319,17 @@ def test_one_update_equals_torch_s_own(run, folder):
         torch.testing.assert_close(tensor, expected * scale, rtol=1e-5, atol=1e-6, msg=name)
 
 
+def test_deterministic_asks_torch_for_it(run, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    seen, rate = [], distill.learning_rate
+    monkeypatch.setattr(distill, "learning_rate", lambda *a: seen.append(torch.are_deterministic_algorithms_enabled())
+                        or rate(*a))
+    for flags, expected in ((["--deterministic"], True), (["--overwrite"], False)):
+        seen.clear()
+        assert run(*flags)[0] == 0 and seen == [expected] * 6
+    assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
+
+
 def test_learning_rate_rises_then_falls_linearly():
     rates = [distill.learning_rate(t, 100, 2.0, 0.1) for t in range(100)]
     assert rates[:10] == pytest.approx([0.2 * (t + 1) for t in range(10)])
