@@ -464,7 +464,10 @@ def test_several_processes_share_out_fine_tuning(checkpoint, tmp_path, more):
     for entry, other in zip(one, two, strict=True):
         assert entry["metrics"] == other["metrics"] and entry["learning_rate"] == other["learning_rate"]
         first, second = (load_file(Path(e["folder"]) / "model.safetensors") for e in (entry, other))
-        assert all(torch.equal(first[name], second[name]) for name in first)
+        for name, tensor in first.items():  # to rounding: torchrun's processes have one thread, this one may have more
+            torch.testing.assert_close(second[name], tensor, rtol=0, atol=1e-6, msg=name)
+    heads = [load_file(Path(entry["folder"]) / "model.safetensors")["classifier.weight"] for entry in one]
+    assert not torch.allclose(heads[0], heads[1], rtol=0, atol=1e-3)  # another seed is far more than rounding
 
 
 def test_too_few_rows_for_the_processes(flags, tmp_path, monkeypatch, capsys):
