@@ -16,6 +16,7 @@ import copy
 import json
 import math
 import os
+import re
 import shutil
 import statistics
 import sys
@@ -52,6 +53,13 @@ def number(kind: type, low: float, high: float):
     return parse
 
 
+def widths_list(text: str) -> list[int]:
+    """An argparse type: whole numbers with commas between them, from large to small."""
+    if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of widths such as 576,512")
+    return sorted({int(width) for width in text.split(",")}, reverse=True)
+
+
 # Name, default, what it may be, and what it is with its unit and the reason for the default: the paper's recipe where
 # it is known; [ours] marks what the paper leaves open.
 COUNT, WEIGHT, FRACTION = number(int, 1, 10**9), number(float, 0, 1e9), number(float, 0, 1)
@@ -61,6 +69,9 @@ PRESETS = {  # the paper's students of BERT-base
     "homobert-small": {"target_width": 256, "target_intermediate": 1024, "learning_rate": 6e-4},
     "homobert-xsmall": {"target_width": 240, "target_intermediate": 960, "learning_rate": 6e-4},
     "homobert-tiny": {"target_width": 224, "target_intermediate": 896, "learning_rate": 6e-4},
+}
+RECIPES = {  # beside the published one
+    "best": {"align_heads": True, "compensate": True, "prune_start": 1 / 30, "prune_end": 1 / 30, "alpha_mlm": 0.0},
 }
 DEMO = {  # without --teacher and --preset: minutes on two cores, with no network
     "teacher": str(Path(__file__).resolve().parent / "teachers" / "small"),
@@ -75,6 +86,8 @@ FLAGS = (
     ("--target-width", None, int, "Hidden width D of the student. Half of the teacher's unless given."),
     ("--target-intermediate", None, int, "Feed-forward width F of the student. In proportion to D unless given."),
     ("--target-heads", None, int, "Attention heads H of the student. The most that divide D unless given."),
+    ("--recipe", None, RECIPES, "best: what has paid in our experiments, beside the published method, which is the "
+     "default."),
     ("--output", None, Path, "Run folder, for run.json, log.jsonl and student/. runs/TEACHER-D unless given."),
     ("--overwrite", False, bool, "Replace the run that is in the output folder."),
     ("--resume", False, bool, "Go on with the run in the output folder; its flags are known. Nothing is lost but the "
@@ -100,6 +113,7 @@ FLAGS = (
     ("--temperature", 1.0, number(float, 1e-3, 1e3), "Temperature tau of the KL divergence [ours]."),
     ("--prune-start", 0.0, FRACTION, "Fraction of the run at which cutting begins, t_i."),
     ("--prune-end", 0.7, FRACTION, "Fraction at which the target is reached, t_f; as --prune-start: all cut at once."),
+    ("--prune-power", 3.0, number(float, 0.1, 100), "Exponent of the schedule: 3 is the cubic one, 1 cuts evenly."),
     ("--init", "teacher", ("teacher", "truncated", "random"), "Where the student starts: as the teacher, which is the "
      "method; or, to compare, at its final widths with the teacher's first units or with random weights."),
     ("--granularity", 8, COUNT, "Hidden dimensions cut together, feed-forward neurons go by four times as many [ours: "
@@ -111,8 +125,11 @@ FLAGS = (
      "its work [ours: cuts of heads do less harm]."),
     ("--compensate", False, bool, "Before a cut, fold into the weights what the units that stay can say about those "
      "that go [ours: every cut does less harm]."),
+    ("--snapshots", None, widths_list, "Hidden widths on the way, as 576,512: a student of each is written, too, to "
+     "student-576 and so on."),
     ("--eval-every", None, COUNT, "Steps between evaluations. A tenth of the run unless given."),
     ("--eval-rows", 128, COUNT, "Held-out sequences in an evaluation."),
+    ("--eval-cuts", False, bool, "Evaluate right before and right after every cut, too; in log.jsonl."),
     ("--log-every", 10, COUNT, "Steps between lines in log.jsonl."),
     ("--seed", 0, number(int, 0, 2**32 - 1), "Seed of row order, masks and dropout."),
     ("--device", "auto", str, "cpu, cuda or cuda:N; auto takes a GPU where there is one."),
@@ -311,6 +328,7 @@ def distill(args: argparse.Namespace) -> Path:
     first = prune.Widths.of(teacher.config)
     target_width = first.hidden // 2 if args.target_width is None else args.target_width
     last = prune.target_widths(teacher.config, target_width, args.target_intermediate, args.target_heads)
+    snapshots = [prune.snapshot_widths(width, teacher.config, last) for width in args.snapshots or ()]
     if args.seq_length > teacher.config.max_position_embeddings:
         raise InputError(f"--seq-length {args.seq_length} is beyond the teacher's "
                          f"{teacher.config.max_position_embeddings} positions")
@@ -421,12 +439,19 @@ def distill(args: argparse.Namespace) -> Path:
             log_file.write(json.dumps({"event": event, **values}) + "\n")
             log_file.flush()
 
+        def evaluation() -> dict:
+            return evaluate(distiller, teacher, heldout, eval_rows, micro, device, autocast)
+
         def log_evaluation(step: int) -> dict:
-            result = evaluate(distiller, teacher, heldout, eval_rows, micro, device, autocast)
+            result = evaluation()
             log("eval", step=step, **result)
             progress.write("step {:>6}  D {:>4}  F {:>4}  H {:>2}  K {:>2}  ".format(step, *widths) + "  ".join(
                 f"{name} {value:.3f}" for name, value in result.items() if not name.startswith("teacher")))
             return result
+
+        def write_student(name: str):
+            if run.RANK == 0:
+                export(student, tokenizer, {} if args.init == "random" else lineage, args.output / name)
 
         def save(step: int):
             if run.RANK == 0:
@@ -478,8 +503,13 @@ def distill(args: argparse.Namespace) -> Path:
             optimizer.zero_grad()
 
             # The schedule, and the cut: parameters, moments, projections, sensitivities, lineage.
-            new = prune.scheduled_widths(step + 1, prune_start, prune_end, start, last, args.granularity)
+            scheduled = prune.scheduled_widths(step + 1, prune_start, prune_end, start, last, args.granularity,
+                                               args.prune_power)
+            new = prune.next_widths(widths, scheduled, snapshots)
             if new != widths:
+                if widths in snapshots:
+                    write_student(f"student-{widths.hidden}")
+                around = {"eval_before": evaluation()} if args.eval_cuts else {}
                 cut_at = run.now(device)
                 importance = prune.unit_importance(args.importance, distiller, sensitivity, args.seed + step)
                 keep = prune.choose_units(importance, widths, new)
@@ -487,8 +517,11 @@ def distill(args: argparse.Namespace) -> Path:
                 if args.compensate:
                     improve.compensate(distiller, keep, fit_batches(max(map(len, keep.values())), step + 1))
                 prune.cut(distiller, keep, new, optimizer, (sensitivity, lineage))
-                log("cut", step=step + 1, before=widths._asdict(), after=new._asdict(),
-                    milliseconds=(run.now(device) - cut_at) * 1000)
+                milliseconds = (run.now(device) - cut_at) * 1000
+                if args.eval_cuts:
+                    around["eval_after"] = evaluation()
+                log("cut", step=step + 1, before=widths._asdict(), after=new._asdict(), milliseconds=milliseconds,
+                    **around)
                 widths = new
                 if widths.hidden * 2 <= fitted_width:
                     micro, fitted_width = fit(), widths.hidden
@@ -521,8 +554,9 @@ def distill(args: argparse.Namespace) -> Path:
             clock += time.perf_counter() - before
         checkpoints.wait()
 
+        write_student("student")
+
     if run.RANK == 0:
-        export(student, tokenizer, {} if args.init == "random" else lineage, args.output / "student")
         shutil.rmtree(checkpoints.folder)
         milliseconds = milliseconds_per_sequence([teacher, student], heldout, device, autocast)
         print(end_table(teacher, student, result, milliseconds))
@@ -541,6 +575,7 @@ def export(student: Bert, tokenizer, lineage: dict[str, torch.Tensor], folder: P
     work.mkdir()
     model.save_model(student, work)
     data.save_tokenizer(tokenizer, work, student.config.max_position_embeddings)
+    shutil.rmtree(folder, ignore_errors=True)  # a snapshot that a resumed run comes past again
     indices = {units: kept.tolist() for units, kept in lineage.items()}
     (work / "lineage.json").write_text(json.dumps(indices, sort_keys=True) + "\n")
     run.publish(work, folder)
@@ -599,7 +634,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     given = vars(parser.parse_args(argv))
     demo = "teacher" not in given and "preset" not in given
     usual = {"teacher": "bert-base-uncased", "corpus": [HUB_CORPUS]}
-    flags = defaults | usual | (DEMO if demo else PRESETS.get(given.get("preset"), {})) | given
+    flags = defaults | usual | (DEMO if demo else PRESETS.get(given.get("preset"), {}))
+    flags |= RECIPES.get(given.get("recipe"), {}) | given
     if flags["output"] is None:
         name = Path(flags["teacher"]).resolve().name + (f"-{flags['target_width']}" if flags["target_width"] else "")
         flags["output"] = Path("runs") / ("demo" if demo else name)

@@ -168,24 +168,25 @@ def target_widths(config: BertConfig, hidden: int, intermediate: int | None = No
     return Widths(hidden, intermediate, heads, hidden // heads)
 
 
-def remaining(step: float, start: float, end: float) -> float:
+def remaining(step: float, start: float, end: float, power: float = 3) -> float:
     """What is left to remove at `step`: 1 before t_i = `start`, 0 from t_f = `end` on, between them
-    (1 - (t - t_i) / (t_f - t_i))^3."""
+    (1 - (t - t_i) / (t_f - t_i))^power."""
     if step >= end:
         return 0.0
     if step < start:
         return 1.0
-    return (1 - (step - start) / (end - start)) ** 3
+    return (1 - (step - start) / (end - start)) ** power
 
 
-def scheduled_widths(step: float, start: float, end: float, first: Widths, last: Widths, granularity: int) -> Widths:
+def scheduled_widths(step: float, start: float, end: float, first: Widths, last: Widths, granularity: int,
+                     power: float = 3) -> Widths:
     """The widths after `step` steps of the cubic schedule from `first` to `last` (HomoDistil, section 3.2).
 
     r(t) = r_f + (1 - r_f) remaining(t) of every width, rounded to the nearest whole grain so that kernels keep good
     shapes: `granularity` hidden dimensions, 4 x that of the feed-forward, a quarter of it for the dimensions of a head.
     Where heads have to go, whole heads go first, as long as the heads left hold the inner width H*K of the schedule.
     """
-    left = remaining(step, start, end)
+    left = remaining(step, start, end, power)
     if left in (0, 1):
         return first if left else last
 
@@ -202,6 +203,33 @@ def scheduled_widths(step: float, start: float, end: float, first: Widths, last:
         whole(between(first.hidden, last.hidden), granularity, first.hidden, last.hidden),
         whole(between(first.intermediate, last.intermediate), 4 * granularity, first.intermediate, last.intermediate),
         heads, head_size if heads == last.heads else first.head_size)
+
+
+def snapshot_widths(hidden: int, config: BertConfig, last: Widths) -> Widths:
+    """The shape of a student of `hidden` dimensions on the way from the teacher to `last`: F between theirs in
+    proportion, and the fewest heads that fit, since heads go before their dimensions. Raises InputError for a width
+    that is not on the way or that no such head count fits."""
+    first = Widths.of(config)
+    if not last.hidden < hidden < first.hidden:
+        raise InputError(f"--snapshots {hidden} is not between the target width {last.hidden} and the teacher's "
+                         f"{first.hidden}")
+    share = (hidden - last.hidden) / (first.hidden - last.hidden)
+    for heads in range(last.heads, first.heads + 1):
+        if hidden % heads == 0 and last.head_size <= hidden // heads <= first.head_size:
+            intermediate = round(last.intermediate + share * (first.intermediate - last.intermediate))
+            return Widths(hidden, intermediate, heads, hidden // heads)
+    raise InputError(f"--snapshots {hidden}: no head count from {last.heads} to {first.heads} divides it into heads of "
+                     f"{last.head_size} to {first.head_size} dimensions; choose another width or --target-heads")
+
+
+def next_widths(now: Widths, scheduled: Widths, snapshots: list[Widths]) -> Widths:
+    """The widths after this step: what is scheduled, but the path passes through each of `snapshots` (falling), where
+    it stays until the schedule wants less in a later step."""
+    ahead = [shape for shape in snapshots if shape.hidden < now.hidden]
+    if ahead and scheduled.hidden <= ahead[0].hidden:
+        return ahead[0]
+    floor = ahead[0] if ahead else scheduled
+    return Widths(*(min(n, max(s, f)) for n, s, f in zip(now, scheduled, floor, strict=True)))
 
 
 # ---- The cut -------------------------------------------------------------------------------------------------

@@ -260,7 +260,7 @@ def start_run(args: argparse.Namespace, traces: dict[str, str]):
     shutil.rmtree(work, ignore_errors=True)
     if student.is_dir():
         student.rename(work)  # all at once: what is left of a student would be taken for a finished one
-    for old in (work, args.output / "checkpoints"):
+    for old in (work, args.output / "checkpoints", *args.output.glob("student-*")):
         shutil.rmtree(old, ignore_errors=True)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "tokenizers", "safetensors")}
     versions |= {"python": platform.python_version(), "commit": program_commit()}

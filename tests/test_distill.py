@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from safetensors.torch import load_file
 
 import data
@@ -251,6 +252,60 @@ def test_the_classical_ways_to_begin(run, folder):
     assert code == 0 and torch.equal(weights(output)[name], values)
     code, output = run("--init", "random", "--learning-rate", 0, "--overwrite", "--seed", 1)
     assert code == 0 and not torch.equal(weights(output)[name], values)
+
+
+def test_a_recipe_sets_defaults_and_flags_win(run):
+    code, output = run("--recipe", "best", "--steps", 30, "--alpha-attn", 0, "--prune-end", 0.1)
+    flags = json.loads((output / "run.json").read_text())["flags"]
+    assert code == 0 and flags["prune_end"] == 0.1 and flags["alpha_attn"] == 0
+    assert {name: flags[name] for name in ("align_heads", "compensate", "alpha_mlm")} == {
+        "align_heads": True, "compensate": True, "alpha_mlm": 0}
+    assert "loss_mlm" not in read_log(output, "train")[0]
+    published = distill.parse_arguments(["--teacher", "x"])
+    assert not published.align_heads and not published.compensate and published.alpha_mlm == 1
+    best = vars(distill.parse_arguments(["--teacher", "x", "--recipe", "best"]))
+    changed = {name for name, value in vars(published).items() if best[name] != value}
+    assert changed == {"recipe", *distill.RECIPES["best"]}
+
+
+def test_students_on_the_way(run):
+    """Every snapshot is a complete student with the widths and units of its moment; an old run's are swept away."""
+    code, output = run("--snapshots", "24,20", "--prune-end", 1, "--steps", 10)
+    assert code == 0
+    assert sorted(path.name for path in output.glob("student*")) == ["student", "student-20", "student-24"]
+    known = None
+    for name, shape in (("student-24", (24, 48, 4)), ("student-20", (20, 40, 4)), ("student", (16, 32, 4))):
+        bert = model.load_model(output / name)
+        assert (bert.config.hidden_size, bert.config.intermediate_size, bert.config.num_attention_heads) == shape
+        kept = json.loads((output / name / "lineage.json").read_text())["hidden"]
+        assert len(kept) == shape[0] and (known is None or set(kept) < set(known))
+        known = kept
+        transformers.AutoModelForMaskedLM.from_pretrained(output / name)
+    code, _ = run("--overwrite")
+    assert code == 0 and not list(output.glob("student-*"))
+
+
+def test_a_snapshot_has_learned_since_its_cut(run, monkeypatch):
+    """It is written right before the next cut: all steps since the last one are in it."""
+    written = {}
+    real = distill.export
+    monkeypatch.setattr(distill, "export", lambda student, tokenizer, lineage, folder: (
+        written.update({folder.name: (len(read_log(folder.parent, "train")), len(read_log(folder.parent, "cut")))}),
+        real(student, tokenizer, lineage, folder)))
+    code, output = run("--snapshots", "24", "--prune-start", 0.25, "--prune-end", 0.25, "--log-every", 1, "--steps", 8)
+    assert code == 0 and [cut["after"]["hidden"] for cut in read_log(output, "cut")] == [24, 16]
+    assert [cut["step"] for cut in read_log(output, "cut")] == [2, 3]
+    assert written == {"student-24": (2, 1), "student": (8, 2)}
+
+
+def test_evaluations_around_the_cuts(run):
+    code, output = run("--eval-cuts", "--eval-every", 1, "--learning-rate", 0, "--weight-decay", 0)
+    cuts, evals = read_log(output, "cut"), {line["step"]: line["kl"] for line in read_log(output, "eval")}
+    assert code == 0 and cuts
+    for cut in cuts:  # nothing is learned between two steps here
+        assert cut["eval_before"]["kl"] == pytest.approx(evals[cut["step"] - 1], abs=1e-7)
+        assert cut["eval_after"]["kl"] == pytest.approx(evals[cut["step"]], abs=1e-7)
+        assert cut["eval_after"]["kl"] > cut["eval_before"]["kl"]
 
 
 def test_gradient_accumulation_equals_one_big_batch(run):

@@ -339,6 +339,43 @@ def test_whole_heads_go_first():
     assert {w.heads for w in path} == {12, 11, 10, 9, 8}
 
 
+def test_the_power_of_the_schedule():
+    first, last = Widths(100, 400, 4, 25), Widths(20, 80, 4, 5)
+    for power in (1, 2, 3):
+        hidden = prune.scheduled_widths(25, 0, 100, first, last, 1, power).hidden
+        assert hidden == round(20 + 80 * 0.75**power)
+
+
+CONFIG_768 = BertConfig(vocab_size=100, hidden_size=768, num_hidden_layers=2, num_attention_heads=12,
+                        intermediate_size=3072)
+
+
+def test_the_path_passes_through_every_snapshot():
+    """Each of them is held for a step at least, nothing ever grows, and the end stays the same."""
+    first, last = Widths.of(CONFIG_768), Widths(384, 1536, 8, 48)
+    shapes = [prune.snapshot_widths(hidden, CONFIG_768, last) for hidden in (576, 512)]
+    assert shapes == [Widths(576, 2304, 9, 64), Widths(512, 2048, 8, 64)]
+    for steps in (7, 40, 1000):
+        now, path = first, []
+        for step in range(steps):
+            now = prune.next_widths(now, prune.scheduled_widths(step, 0, 0.7 * steps, first, last, 8), shapes)
+            path.append(now)
+        assert set(shapes) <= set(path) and path[-1] == last
+        for before, after in zip(path, path[1:], strict=False):
+            assert all(b >= a for b, a in zip(before, after, strict=True))
+    assert prune.next_widths(first, last, shapes) == shapes[0]  # all at once: a step for each
+    assert prune.next_widths(shapes[0], last, shapes) == shapes[1]
+    assert prune.next_widths(shapes[1], last, shapes) == last
+
+
+@pytest.mark.parametrize("hidden, heads, message", [
+    (384, 12, "not between"), (768, 12, "not between"), (512, 12, "no head count from 12 to 12")])
+def test_snapshots_that_are_not_on_the_way(hidden, heads, message, refused):
+    last = prune.target_widths(CONFIG_768, 384, heads=heads)
+    with refused(message):
+        prune.snapshot_widths(hidden, CONFIG_768, last)
+
+
 # ------------------------------------------------------------------------------------- the optimizer across a cut
 
 

@@ -82,7 +82,9 @@ def assert_same_end(output, other):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in student(output).items())
     assert (output / "student" / "lineage.json").read_text() == (other / "student" / "lineage.json").read_text()
     assert history(output) == history(other)
-    assert {path.name for path in output.iterdir()} == {"run.json", "log.jsonl", "student"}
+    names = {path.name for path in output.iterdir()}
+    assert names == {path.name for path in other.iterdir()} and names >= {"run.json", "log.jsonl", "student"}
+    assert not {name for name in names if name not in ("run.json", "log.jsonl") and not name.startswith("student")}
 
 
 # ------------------------------------------------------------------------------------------------------------- resume
@@ -365,6 +367,24 @@ def test_a_step_that_takes_too_long_is_given_up(flags, tmp_path, undisturbed, mo
     assert "interrupted after step 5, which is saved" in capsys.readouterr().err
     assert resume(tmp_path / "run") == 0
     assert_same_end(tmp_path / "run", undisturbed(flags, "--micro-batch-size", 4))
+
+
+def test_snapshots_of_a_resumed_run(flags, tmp_path, undisturbed, monkeypatch):
+    """Killed after a snapshot was written and taken up before it: it is written again, and is the same."""
+    more = ["--snapshots", "28,24", "--save-every", "1"]
+    whole = undisturbed(flags, *more)
+    with monkeypatch.context() as patch:
+        kill_at(patch, 3)
+        until_killed(flags, tmp_path / "run", *more)
+    assert (tmp_path / "run" / "student-24").is_dir()
+    first, second = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    shutil.rmtree(second)
+    (tmp_path / "run" / "student-24" / "model.safetensors").write_bytes(b"half of it")
+    assert resume(tmp_path / "run") == 0
+    assert_same_end(tmp_path / "run", whole)
+    for name in ("student-28", "student-24"):
+        a, b = (load_file(folder / name / "model.safetensors") for folder in (tmp_path / "run", whole))
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 # ----------------------------------------------------------------------------------------------------------- processes
