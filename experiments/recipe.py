@@ -1,0 +1,63 @@
+"""Beyond the paper: the method as published, the single cut and --recipe best, against tokens and against seconds.
+
+--steps are budgets of 8 x 128 tokens a step. All runs of one budget must be made on the same, equally busy machine.
+"""
+
+import experiment
+import numpy as np
+from experiment import plt
+
+ARMS = {
+    "as published": {},
+    "single cut at 1/30": {"prune_start": 1 / 30, "prune_end": 1 / 30},
+    "recipe best": {"recipe": "best"},
+    # What each of its parts does.
+    "best, but masked-LM loss": {"recipe": "best", "alpha_mlm": 1},
+    "published, no masked-LM loss": {"alpha_mlm": 0},
+    "single cut, no masked-LM loss": {"prune_start": 1 / 30, "prune_end": 1 / 30, "alpha_mlm": 0},
+}
+
+
+def measure(args) -> dict:
+    rows = []
+    for steps in args.steps:
+        arms = {arm: flags | {"steps": steps, "eval_every": steps // 10} for arm, flags in ARMS.items()}
+        rows += [row | {"budget": steps * 8 * 128} for row in experiment.compare(arms, args.seeds)]
+    return {"rows": rows, "gains": gains(rows)}
+
+
+def gains(rows: list[dict]) -> list[dict]:
+    """How much less KL the recipe ends with, in percent: at equal tokens, and at the seconds that the other's whole run
+    took (or its own end, where that comes earlier), means over the seeds."""
+    found = []
+    for budget, group in experiment.rows_of(rows, "budget").items():
+        arms = experiment.rows_of(group)
+        for other in ("as published", "single cut at 1/30"):
+            theirs, tokens, seconds = [], [], []
+            for row, best in zip(arms[other], arms["recipe best"], strict=True):
+                theirs.append(row["kl"][-1])
+                tokens.append(best["kl"][-1])
+                seconds.append(float(np.interp(row["seconds"][-1], best["seconds"], best["kl"])))
+            found.append({"budget": budget, "against": other} | {
+                f"less_at_equal_{what}": round(100 * (1 - sum(ours) / sum(theirs)), 1)
+                for what, ours in (("tokens", tokens), ("seconds", seconds))})
+    return found
+
+
+def draw(result: dict):
+    groups = experiment.rows_of(result["rows"], "budget")
+    figure, axes = plt.subplots(2, len(groups), figsize=(6 * len(groups), 8), layout="constrained", squeeze=False)
+    for column, (budget, rows) in zip(axes.T, groups.items(), strict=True):
+        for axis, x in zip(column, ("tokens", "seconds"), strict=True):
+            experiment.plot_curves(axis, rows, x)
+            axis.set_ylim(bottom=0)
+        column[0].set_title(f"{budget / 1e6:.1f} million tokens")
+    axes[0, 0].legend(fontsize="small")
+    seeds = len({row["seed"] for row in result["rows"]})
+    figure.suptitle(f"Bundled teacher 256 -> 128, seeds: {seeds}")
+    return figure
+
+
+if __name__ == "__main__":
+    experiment.main("recipe", __doc__, measure, draw,
+                ("--steps", {"type": int, "nargs": "+", "default": [200, 1000]}))
