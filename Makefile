@@ -1,4 +1,5 @@
 # make distill: a new environment, then the demonstration. make test: a new environment, then all tests.
+# make figures: every figure again from its saved result.
 # make test-faults: kills, full disks, damaged files and the like on hundreds of small runs, some minutes.
 PYTHON ?= python3
 
@@ -10,6 +11,10 @@ test: .venv/dev
 
 test-faults: .venv/dev
 	.venv/bin/python tests/faults/faults.py
+
+figures: .venv/dev
+	set -e; for result in experiments/results/*.json; do \
+		.venv/bin/python experiments/$$(basename $$result .json).py --draw; done
 
 lint: .venv/dev
 	.venv/bin/ruff check .
@@ -23,4 +28,4 @@ lint: .venv/dev
 	.venv/bin/pip install --quiet --requirement requirements-dev.txt
 	touch $@
 
-.PHONY: distill test test-faults lint
+.PHONY: distill test test-faults figures lint

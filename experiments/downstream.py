@@ -36,4 +36,4 @@ def draw(result: dict):
 
 
 if __name__ == "__main__":
-    experiment.main("downstream", __doc__, measure, draw, ("--data", {"required": True, "help": "folder of GLUE"}))
+    experiment.main("downstream", __doc__, measure, draw, ("--data", {"help": "folder of GLUE"}))

@@ -1,8 +1,9 @@
 """What every experiment needs: runs of distill.py that are made once and taken up where they stopped, results that are
 kept with how they came about, figures.
 
-An experiment is a script with a function that measures, which returns rows, and one that draws them. Run from the
-project's folder, `python experiments/NAME.py` makes what is not there yet, `--draw` only draws what was saved.
+An experiment is a script with a function that measures, which returns rows, and one that draws them. Calling it makes
+the runs that are not there yet, in experiments/runs, and writes results/NAME.json, figures/NAME.png and .svg. With
+--draw it only draws what was saved.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+matplotlib.rcParams["svg.hashsalt"] = "the same file from the same result"
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
 RUNS, RESULTS, FIGURES = FOLDER / "runs", FOLDER / "results", FOLDER / "figures"
@@ -144,8 +146,8 @@ def main(name: str, description: str, measure, draw, *flags: tuple[str, dict]):
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--draw", action="store_true", help="only draw the saved result")
-    for flag, options in flags:
-        parser.add_argument(flag, **options)
+    for flag, options in flags:  # what has no default is needed to measure, not to draw
+        parser.add_argument(flag, required="default" not in options and "--draw" not in sys.argv, **options)
     args = parser.parse_args()
     path = RESULTS / f"{name}.json"
     if not args.draw:

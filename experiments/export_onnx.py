@@ -7,7 +7,9 @@ and, where the checkpoint has a masked-LM head, `logits` (B,S,V). It needs onnx,
 """
 
 import argparse
+import logging
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -53,8 +55,11 @@ def export(folder: Path, path: Path) -> float:
     config = bert.bert.config
     names = ["last_hidden_state", "logits"] if bert.bert.cls is not None else ["last_hidden_state"]
     shape = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=config.max_position_embeddings)}
-    torch.onnx.export(bert, example(config.vocab_size, 2, 8), path, input_names=INPUTS, output_names=names, dynamo=True,
-                      dynamic_shapes=(shape,) * 3, external_data=False, verbose=False)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter's own parts
+        torch.onnx.export(bert, example(config.vocab_size, 2, 8), path, input_names=INPUTS, output_names=names,
+                          dynamo=True, dynamic_shapes=(shape,) * 3, external_data=False, verbose=False)
     inputs = example(config.vocab_size, 3, min(16, config.max_position_embeddings))
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     theirs = session.run(None, {name: tensor.numpy() for name, tensor in zip(INPUTS, inputs, strict=True)})

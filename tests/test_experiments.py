@@ -1,14 +1,22 @@
 """The scripts in experiments/, on made-up logs."""
 
+import importlib
 import json
 import subprocess
 import sys
 
+import numpy as np
+import pytest
+import torch
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "experiments"))
 
+import experiment  # noqa: E402
 import plot_run  # noqa: E402
+import recipe  # noqa: E402
+
+import model  # noqa: E402
 
 CUTS = [{"event": "cut", "step": step, "before": {"hidden": before}, "after": {"hidden": after}}
         for step, before, after in ((2, 32, 24), (5, 24, 16))]
@@ -48,3 +56,103 @@ def test_as_a_program(tmp_path):
     for folder in (tmp_path, write_run(tmp_path / "empty", [])):
         done = subprocess.run([*command, folder], capture_output=True, text=True)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and "error" in done.stderr
+
+
+@pytest.fixture
+def small(checkpoint, corpus, tmp_path, monkeypatch):
+    """Experiments whose runs are tiny and lie in a folder of the test's own."""
+    monkeypatch.setattr(experiment, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(experiment, "BASE", {
+        "teacher": checkpoint, "corpus": corpus, "cache_dir": tmp_path / "cache", "steps": 4, "batch-size": 4,
+        "seq-length": 16, "eval-every": 2, "log-every": 1, "device": "cpu"})
+    made = []
+    real = experiment.program
+    monkeypatch.setattr(experiment, "program", lambda *words: (made.append(words), real(*words)))
+    return made
+
+
+def test_equal_flags_are_one_run_and_rows_are_what_its_log_says(small):
+    rows = experiment.compare({"plain": {}, "random": {"init": "random"}, "again": {}}, [0])
+    assert [(row["arm"], row["seed"]) for row in rows] == [("plain", 0), ("random", 0), ("again", 0)]
+    assert len(small) == 2 and len({row["run"] for row in rows}) == 2
+    assert rows[0]["kl"] == rows[2]["kl"] != rows[1]["kl"] and rows[1]["kl"][0] > rows[0]["kl"][0] == 0
+    assert rows[0]["step"] == [0, 2, 4] and rows[0]["tokens"] == [0, 2 * 4 * 16, 4 * 4 * 16]
+    log = experiment.events(experiment.RUNS / rows[0]["run"], "train")
+    expected = sum(4 * 16 / line["tokens_per_second"] for line in log)
+    assert rows[0]["seconds"][-1] == pytest.approx(expected, abs=0.06)
+    experiment.compare({"plain": {}}, [0])
+    assert len(small) == 2
+    assert experiment.compare({"plain": {}}, [1])[0]["run"] != rows[0]["run"] and len(small) == 3
+
+
+def test_a_run_that_was_ended_is_taken_up(small):
+    """With a checkpoint it goes on, without one it begins anew."""
+    folder = experiment.distil(save_every=1)
+    whole = (folder / "student" / "model.safetensors").read_bytes()
+    for saved in (False, True):
+        (folder / "student").rename(folder / "student.unfinished")
+        if saved:
+            (folder / "checkpoints" / "1").mkdir(parents=True)
+            (folder / "checkpoints" / "1" / "state.json").write_text("{}")
+        experiment.distil(save_every=1)
+        assert ("--resume" in small[-1]) == saved and (folder / "student" / "model.safetensors").read_bytes() == whole
+
+
+def curve_row(arm, seed, kl, seconds):
+    return {"arm": arm, "seed": seed, "budget": 1000, "step": [0, 1, 2], "tokens": [0, 500, 1000], "seconds": seconds,
+            "kl": kl}
+
+
+def test_gains_at_equal_tokens_and_at_equal_seconds():
+    """The recipe ends at 0.3 after 20 s; where another run took 15 s, it was at 0.4 then."""
+    rows = [curve_row("as published", 0, [0, 0.9, 0.6], [0, 10, 30]),
+            curve_row("single cut at 1/30", 0, [0, 0.9, 0.5], [0, 10, 15]),
+            curve_row("recipe best", 0, [0, 0.5, 0.3], [0, 10, 20])]
+    published, single = recipe.gains(rows)
+    assert (published["less_at_equal_tokens"], published["less_at_equal_seconds"]) == (50.0, 50.0)
+    assert (single["less_at_equal_tokens"], single["less_at_equal_seconds"]) == (40.0, 20.0)
+
+
+def test_curves_and_bars_are_means_over_the_seeds():
+    rows = [curve_row("a", seed, [0, 1 + seed, 2 + seed], [0, 10, 20]) for seed in (0, 1)]
+    figure, (left, right) = experiment.plt.subplots(1, 2)
+    experiment.plot_curves(left, rows, "seconds")
+    assert left.lines[0].get_xydata().tolist() == [[0, 0], [10, 1.5], [20, 2.5]]
+    experiment.bars(right, rows, lambda row: row["kl"][-1], "KL")
+    assert right.patches[0].get_width() == 2.5 and right.texts[0].get_text().strip() == "2.5"
+    experiment.plt.close(figure)
+
+
+SAVED = sorted(path.stem for path in (ROOT / "experiments" / "results").glob("*.json"))
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_a_saved_result_is_whole_and_can_be_drawn(name):
+    """It says where it comes from, and the figures beside it and in the README are there."""
+    result = json.loads((ROOT / "experiments" / "results" / f"{name}.json").read_text())
+    assert {"command", "machine", "versions", "commit", "date"} <= set(result) and result["rows"]
+    experiment.plt.close(importlib.import_module(name).draw(result))
+    assert all((ROOT / "experiments" / "figures" / f"{name}.{kind}").is_file() for kind in ("png", "svg"))
+    assert f"experiments/figures/{name}.png" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_onnxruntime_computes_the_same(checkpoint, tmp_path, head, capsys):
+    export_onnx = pytest.importorskip("export_onnx")
+    bert = model.load_model(checkpoint).eval()
+    if not head:
+        bert.cls = None
+    (tmp_path / "student").mkdir()
+    model.save_model(bert, tmp_path / "student")
+    path = tmp_path / "student.onnx"
+    assert export_onnx.main([str(tmp_path / "student"), str(path)]) == 0
+    assert "largest difference" in capsys.readouterr().out
+    session = export_onnx.onnxruntime.InferenceSession(path)
+    assert [o.name for o in session.get_outputs()] == ["last_hidden_state", "logits"][:2 if head else 1]
+    inputs = export_onnx.example(bert.config.vocab_size, 5, 11)
+    hidden = session.run(None, {k: v.numpy() for k, v in zip(export_onnx.INPUTS, inputs, strict=True)})[0]
+    with torch.no_grad():
+        ours = bert(inputs[0], None, inputs[2], inputs[1]).hidden[-1].numpy()
+    np.testing.assert_allclose(hidden[0], ours[0], atol=1e-4)  # the row without padding
+    assert export_onnx.main([str(tmp_path / "nowhere"), str(path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
