@@ -7,21 +7,22 @@ import experiment
 import numpy as np
 from experiment import plt
 
-ARMS = {
-    "as published": {},
-    "single cut at 1/30": {"prune_start": 1 / 30, "prune_end": 1 / 30},
-    "recipe best": {"recipe": "best"},
-    # What each of its parts does.
-    "best, but masked-LM loss": {"recipe": "best", "alpha_mlm": 1},
+ONCE = {"prune_start": 1 / 30, "prune_end": 1 / 30}
+ARMS = {"as published": {}, "single cut at T/30": ONCE, "recipe best": {"recipe": "best"}}
+PARTS = {  # with the smallest budget: what each part of the recipe does
     "published, no masked-LM loss": {"alpha_mlm": 0},
-    "single cut, no masked-LM loss": {"prune_start": 1 / 30, "prune_end": 1 / 30, "alpha_mlm": 0},
+    "single cut, no masked-LM loss": ONCE | {"alpha_mlm": 0},
+    "single cut, aligned": ONCE | {"align_heads": True},
+    "single cut, compensated": ONCE | {"compensate": True},
+    "single cut, aligned and compensated": ONCE | {"align_heads": True, "compensate": True},
 }
 
 
 def measure(args) -> dict:
     rows = []
     for steps in args.steps:
-        arms = {arm: flags | {"steps": steps, "eval_every": steps // 10} for arm, flags in ARMS.items()}
+        arms = ARMS | (PARTS if steps == min(args.steps) else {})
+        arms = {arm: flags | {"steps": steps, "eval_every": steps // 8} for arm, flags in arms.items()}
         rows += [row | {"budget": steps * 8 * 128} for row in experiment.compare(arms, args.seeds)]
     return {"rows": rows, "gains": gains(rows)}
 
@@ -32,7 +33,7 @@ def gains(rows: list[dict]) -> list[dict]:
     found = []
     for budget, group in experiment.rows_of(rows, "budget").items():
         arms = experiment.rows_of(group)
-        for other in ("as published", "single cut at 1/30"):
+        for other in ("as published", "single cut at T/30"):
             theirs, tokens, seconds = [], [], []
             for row, best in zip(arms[other], arms["recipe best"], strict=True):
                 theirs.append(row["kl"][-1])
@@ -46,13 +47,14 @@ def gains(rows: list[dict]) -> list[dict]:
 
 def draw(result: dict):
     groups = experiment.rows_of(result["rows"], "budget")
-    figure, axes = plt.subplots(2, len(groups), figsize=(6 * len(groups), 8), layout="constrained", squeeze=False)
-    for column, (budget, rows) in zip(axes.T, groups.items(), strict=True):
-        for axis, x in zip(column, ("tokens", "seconds"), strict=True):
-            experiment.plot_curves(axis, rows, x)
+    figure, axes = plt.subplots(len(groups), 3, figsize=(15, 4 * len(groups)), layout="constrained", squeeze=False)
+    for row, (budget, rows) in zip(axes, groups.items(), strict=True):
+        for axis, x in zip(row, ("tokens", "seconds"), strict=False):
+            experiment.plot_curves(axis, [r for r in rows if r["arm"] in ARMS], x)
             axis.set_ylim(bottom=0)
-        column[0].set_title(f"{budget / 1e6:.1f} million tokens")
-    axes[0, 0].legend(fontsize="small")
+        row[0].legend()
+        row[0].set_title(f"{budget / 1e6:.1f} million tokens")
+        experiment.bars(row[2], rows, lambda r: r["kl"][-1], "KL to the teacher at the end, nats")
     seeds = len({row["seed"] for row in result["rows"]})
     figure.suptitle(f"Bundled teacher 256 -> 128, seeds: {seeds}")
     return figure

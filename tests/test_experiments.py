@@ -106,7 +106,7 @@ def curve_row(arm, seed, kl, seconds):
 def test_gains_at_equal_tokens_and_at_equal_seconds():
     """The recipe ends at 0.3 after 20 s; where another run took 15 s, it was at 0.4 then."""
     rows = [curve_row("as published", 0, [0, 0.9, 0.6], [0, 10, 30]),
-            curve_row("single cut at 1/30", 0, [0, 0.9, 0.5], [0, 10, 15]),
+            curve_row("single cut at T/30", 0, [0, 0.9, 0.5], [0, 10, 15]),
             curve_row("recipe best", 0, [0, 0.5, 0.3], [0, 10, 20])]
     published, single = recipe.gains(rows)
     assert (published["less_at_equal_tokens"], published["less_at_equal_seconds"]) == (50.0, 50.0)
