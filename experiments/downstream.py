@@ -8,7 +8,7 @@ import schedules
 from experiment import plt
 
 ARMS = {arm: schedules.ARMS[arm] for arm in (
-    "iterative, t_f = 0.3 T", "iterative, t_f = 0.7 T (published)", "linear, t_f = 0.7 T", "all at once, T/30",
+    "iterative, t_f = 0.7 T (published)", "linear, t_f = 0.7 T", "all at once, T/30",
     "truncated teacher", "random weights")} | {"recipe best": {"recipe": "best"}}
 STEPS = 150
 
