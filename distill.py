@@ -471,18 +471,26 @@ def distill(args: argparse.Namespace) -> Path:
         clock, tokens_seen, saved_at = time.perf_counter(), 0, time.monotonic()
         for step in range(begun, args.steps):
             # Batch, losses and gradients, one micro-batch at a time. The processes' gradients are averaged in the last.
-            torch.manual_seed(((args.seed * args.steps + step) * run.WORLD + run.RANK) % 2**63)  # of dropout
-            losses: dict[str, torch.Tensor] = {}
-            for begin in range(first_row, last_row, micro):
-                if interrupts.overdue():
-                    stop(step)  # nothing of this step has touched the state yet
-                end = min(begin + micro, last_row)
-                with engine.no_sync() if run.WORLD > 1 and end < last_row else contextlib.nullcontext():
-                    part = losses_of(engine, step, begin, end)
-                    share = (end - begin) / args.batch_size  # every row has as many masked positions as any other
-                    (part["loss"] * share * run.WORLD).backward()
-                for name, value in part.items():
-                    losses[name] = losses.get(name, 0.0) + value.detach() * share
+            while True:  # once, unless the GPU's memory turns out too small
+                torch.manual_seed(((args.seed * args.steps + step) * run.WORLD + run.RANK) % 2**63)  # of dropout
+                losses: dict[str, torch.Tensor] = {}
+                try:
+                    for begin in range(first_row, last_row, micro):
+                        if interrupts.overdue():
+                            stop(step)  # nothing of this step has touched the state yet
+                        end = min(begin + micro, last_row)
+                        with engine.no_sync() if run.WORLD > 1 and end < last_row else contextlib.nullcontext():
+                            part = losses_of(engine, step, begin, end)
+                            share = (end - begin) / args.batch_size  # all rows have as many masked positions
+                            (part["loss"] * share * run.WORLD).backward()
+                        for name, value in part.items():
+                            losses[name] = losses.get(name, 0.0) + value.detach() * share
+                    break
+                except torch.OutOfMemoryError:
+                    if args.micro_batch_size or run.WORLD > 1 or micro == 1:
+                        raise
+                    micro = -(-micro // 2)
+                    optimizer.zero_grad()
             del part  # nothing may hold the graph of a step over a cut
             values = run.total(dict(zip(losses, torch.stack([*losses.values()]).tolist(), strict=True)))
 

@@ -533,6 +533,37 @@ def test_memory_that_is_full_is_told_in_one_line(flags, tmp_path, monkeypatch, c
     assert error.count("\n") == 1 and "--micro-batch-size" in error
 
 
+@pytest.mark.parametrize("rows_that_fit", [3, 1])
+def test_memory_that_fills_up_in_the_middle_of_a_run(flags, tmp_path, undisturbed, monkeypatch, rows_that_fit):
+    """In step 5, also when the first of its micro-batches has got through: the step begins anew with smaller ones, and
+    the student is the same to rounding."""
+    flags = [*flags, "--dropout", "0"]
+    whole = undisturbed(flags, "--dropout", "0")
+    real, calls = distill.Distiller.forward, []
+
+    def forward(self, batch, teacher):
+        calls.append(len(batch.input_ids))
+        if len(calls) > 4 and len(calls) != 6 and len(batch.input_ids) > rows_that_fit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, batch, teacher)
+
+    monkeypatch.setattr(distill.Distiller, "forward", forward)
+    assert distil(flags, tmp_path / "run") == 0
+    tried = [6, 3] if rows_that_fit == 3 else [6, 3, 3, 2]
+    assert calls[:4] == [6] * 4 and calls[4 : 4 + len(tried)] == tried
+    assert set(calls[4 + len(tried) :]) == {rows_that_fit}
+    for name, tensor in student(whole).items():
+        torch.testing.assert_close(student(tmp_path / "run")[name], tensor, rtol=0, atol=2e-5, msg=name)
+
+
+def test_a_micro_batch_that_was_asked_for_is_not_changed(flags, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(distill.Distiller, "forward", full)
+    assert distil(flags, tmp_path / "run", "--micro-batch-size", 4) == 2
+
+
 # -------------------------------------------------------------------------------------------------------- tokenisation
 
 
