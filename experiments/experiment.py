@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -62,13 +63,15 @@ def events(folder: Path, kind: str) -> list[dict]:
 
 def curve(folder: Path) -> dict[str, list[float]]:
     """Of one run, at every evaluation: step, tokens, seconds of training until then, KL, masked-LM loss, top-1."""
-    seconds, tokens, clock = {0: 0.0}, {0: 0}, 0.0
+    steps, tokens, seconds = [0], [0], [0.0]
     for line in events(folder, "train"):
-        clock += (line["tokens"] - max(tokens.values())) / line["tokens_per_second"]
-        seconds[line["step"]], tokens[line["step"]] = clock, line["tokens"]
+        seconds.append(seconds[-1] + (line["tokens"] - tokens[-1]) / line["tokens_per_second"])
+        steps.append(line["step"])
+        tokens.append(line["tokens"])
     evaluations = events(folder, "eval")
-    steps = [line["step"] for line in evaluations]
-    return {"step": steps, "tokens": [tokens[step] for step in steps], "seconds": [round(seconds[s], 1) for s in steps],
+    at = [line["step"] for line in evaluations]
+    return {"step": at, "tokens": np.interp(at, steps, tokens).tolist(),
+            "seconds": np.interp(at, steps, seconds).round(1).tolist(),
             **{key: [line[key] for line in evaluations] for key in ("kl", "mlm_loss", "top1")}}
 
 

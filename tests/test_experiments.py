@@ -64,7 +64,7 @@ def small(checkpoint, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(experiment, "BASE", {
         "teacher": checkpoint, "corpus": corpus, "cache_dir": tmp_path / "cache", "steps": 4, "batch-size": 4,
-        "seq-length": 16, "eval-every": 2, "log-every": 1, "device": "cpu"})
+        "seq-length": 16, "eval-every": 1, "log-every": 2, "device": "cpu"})
     made = []
     real = experiment.program
     monkeypatch.setattr(experiment, "program", lambda *words: (made.append(words), real(*words)))
@@ -76,10 +76,11 @@ def test_equal_flags_are_one_run_and_rows_are_what_its_log_says(small):
     assert [(row["arm"], row["seed"]) for row in rows] == [("plain", 0), ("random", 0), ("again", 0)]
     assert len(small) == 2 and len({row["run"] for row in rows}) == 2
     assert rows[0]["kl"] == rows[2]["kl"] != rows[1]["kl"] and rows[1]["kl"][0] > rows[0]["kl"][0] == 0
-    assert rows[0]["step"] == [0, 2, 4] and rows[0]["tokens"] == [0, 2 * 4 * 16, 4 * 4 * 16]
-    log = experiment.events(experiment.RUNS / rows[0]["run"], "train")
-    expected = sum(4 * 16 / line["tokens_per_second"] for line in log)
-    assert rows[0]["seconds"][-1] == pytest.approx(expected, abs=0.06)
+    assert rows[0]["step"] == [0, 1, 2, 3, 4] and rows[0]["tokens"] == [step * 4 * 16 for step in range(5)]
+    first, second = (2 * 4 * 16 / line["tokens_per_second"]
+                     for line in experiment.events(experiment.RUNS / rows[0]["run"], "train"))
+    expected = [0, first / 2, first, first + second / 2, first + second]
+    assert rows[0]["seconds"] == pytest.approx(expected, abs=0.06)
     experiment.compare({"plain": {}}, [0])
     assert len(small) == 2
     assert experiment.compare({"plain": {}}, [1])[0]["run"] != rows[0]["run"] and len(small) == 3
