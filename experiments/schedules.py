@@ -26,10 +26,9 @@ def measure(args) -> dict:
 def draw(result: dict):
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained", width_ratios=(3, 2))
     experiment.plot_curves(left, result["rows"])
-    left.set_ylim(0, 1.6)
+    left.set_ylim(0, 2.5)
     left.legend(fontsize="small")
     experiment.bars(right, result["rows"], lambda row: row["kl"][-1], "KL to the teacher at the end, nats")
-    right.set_xscale("log")
     seeds = len({row["seed"] for row in result["rows"]})
     figure.suptitle(f"Bundled teacher 256 -> 128, {experiment.BUDGET}, seeds: {seeds}")
     return figure
