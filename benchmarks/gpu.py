@@ -10,10 +10,13 @@ import argparse
 import itertools
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import torch
-from common import RECIPE, RESULTS, header, write
+from common import RECIPE, RESULTS, ROOT, header, write
+from safetensors.torch import load_file
 from systems import build, random_batch
 
 import prune
@@ -95,6 +98,26 @@ def memory_falls(shape: str, device) -> list[dict]:
     return seen
 
 
+def interrupted_ends_the_same(folder: Path, flags: list[str]):
+    """With --deterministic two runs of distill.py end with the same bits, and so does one that SIGTERM has interrupted
+    after a few steps and that was resumed."""
+    program, students = [sys.executable, str(ROOT / "distill.py")], []
+    for name in ("first", "second", "interrupted"):
+        output = ["--output", str(folder / name)]
+        process = subprocess.Popen([*program, *flags, *output, "--deterministic", "--log-every", "1"])
+        log = folder / name / "log.jsonl"
+        if name == "interrupted":
+            while process.poll() is None and not (log.is_file() and log.read_text().count('"train"') >= 5):
+                time.sleep(0.02)
+            process.terminate()
+            require(process.wait() == 143, "SIGTERM does not end a run as it should")
+            process = subprocess.Popen([*program, "--resume", *output])
+        require(process.wait() == 0, f"distill.py: exit code {process.returncode}")
+        students.append(load_file(folder / name / "student" / "model.safetensors"))
+    for other, what in zip(students[1:], ("a second run", "a resumed run"), strict=True):
+        require(all(torch.equal(tensor, other[name]) for name, tensor in students[0].items()), f"{what} ends elsewhere")
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--results", type=Path, default=RESULTS, help="Folder for the results.")
@@ -106,6 +129,8 @@ def main(argv: list[str]) -> int:
     result = header(argv, device) | {"bf16": {shape: bf16_beside_float32(shape, device) for shape in ("small", "base")}}
     cut_equals_cpu("small", device)
     result["memory"] = memory_falls("small", device)
+    with tempfile.TemporaryDirectory() as folder:
+        interrupted_ends_the_same(Path(folder), ["--steps", "60", "--device", "cuda"])
     write(args.results / "cuda-correctness.json", result)
     print("right on this device:", result["bf16"])
     torch.cuda.empty_cache()  # for the processes that follow

@@ -3,6 +3,7 @@
 import gc
 import json
 import sys
+import types
 
 import pytest
 import torch
@@ -182,6 +183,22 @@ def test_gpu_checks_where_they_can_run(monkeypatch):
     monkeypatch.setattr(gpu, "LOSS_ERROR", 0)
     with pytest.raises(SystemExit, match="losses in bf16"):
         gpu.bf16_beside_float32("toy", CPU)
+
+
+def test_gpu_check_of_interrupted_runs(tmp_path, checkpoint, corpus, monkeypatch):
+    """It passes on the CPU, and finds a student that is not the same."""
+    flags = ["--teacher", str(checkpoint), "--corpus", str(corpus), "--cache-dir", str(tmp_path / "cache"),
+             "--steps", "300", "--batch-size", "4", "--seq-length", "16", "--device", "cpu", "--eval-every", "150"]
+    gpu.interrupted_ends_the_same(tmp_path, flags)
+    assert (tmp_path / "interrupted" / "student").is_dir()
+    real, codes = gpu.load_file, iter((0, 0, 143, 0))
+    done = types.SimpleNamespace(
+        returncode=0, wait=lambda: next(codes), poll=lambda: 0, terminate=lambda: None)
+    monkeypatch.setattr(gpu.subprocess, "Popen", lambda command: done)  # the runs are there already
+    monkeypatch.setattr(gpu, "load_file", lambda path: {
+        name: tensor + ("interrupted" in str(path)) for name, tensor in real(path).items()})
+    with pytest.raises(SystemExit, match="a resumed run ends elsewhere"):
+        gpu.interrupted_ends_the_same(tmp_path, flags)
 
 
 def test_gpu_memory_check_by_the_tensors_alive(monkeypatch):
