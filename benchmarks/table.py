@@ -58,7 +58,7 @@ def tables(folder: Path) -> str:
         if kind is None:
             continue
         versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-        threads = f", {result['threads']} threads" if result["device"] == "cpu" else ""
+        threads = f", {result['threads']} thread{'s' * (result['threads'] > 1)}" if result["device"] == "cpu" else ""
         parts.append(f"`{result['command']}`: {result['machine']}{threads}; {versions}; {result['date']}")
         parts.append(kind(result))
     return "\n\n".join(parts)

@@ -127,7 +127,7 @@ def bars(axis, rows: list[dict], value, label: str):
         axis.barh(i, mean, xerr=spread, color="C0", alpha=0.8)
         axis.text(mean + spread, i, f" {mean:.3g}", va="center", fontsize="small")
     axis.set_yticks(range(len(groups)), groups)
-    axis.invert_yaxis()
+    axis.set_ylim(len(groups) - 0.4, -0.6)  # the first on top
     axis.margins(x=0.15)
     axis.set_xlabel(label)
 

@@ -22,7 +22,6 @@ def draw(result: dict):
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained", sharey=True)
     experiment.bars(left, result["rows"], lambda row: row["kl"][-1], "KL to the teacher at the end, nats")
     experiment.bars(right, result["rows"], lambda row: row["mlm_loss"][-1], "held-out masked-LM loss at the end")
-    right.set_xlim(left=3)
     seeds = len({row["seed"] for row in result["rows"]})
     figure.suptitle(f"Bundled teacher 256 -> 128, {experiment.BUDGET}, seeds: {seeds}")
     return figure
