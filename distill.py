@@ -85,7 +85,8 @@ FLAGS = (
      f"folders of these, hub:OWNER/NAME:CONFIG, or demo. {HUB_CORPUS} unless given."),
     ("--target-width", None, int, "Hidden width D of the student. Half of the teacher's unless given."),
     ("--target-intermediate", None, int, "Feed-forward width F of the student. In proportion to D unless given."),
-    ("--target-heads", None, int, "Attention heads H of the student. The most that divide D unless given."),
+    ("--target-heads", None, int, "Attention heads H of the student. The most that divide D, and fit --snapshots, "
+     "unless given."),
     ("--recipe", None, RECIPES, "best: what has paid in our experiments, beside the published method, which is the "
      "default."),
     ("--output", None, Path, "Run folder, for run.json, log.jsonl and student/. runs/TEACHER-D unless given."),
@@ -327,8 +328,8 @@ def distill(args: argparse.Namespace) -> Path:
     teacher = model.load_model(folder).to(device).eval().requires_grad_(False)
     first = prune.Widths.of(teacher.config)
     target_width = first.hidden // 2 if args.target_width is None else args.target_width
-    last = prune.target_widths(teacher.config, target_width, args.target_intermediate, args.target_heads)
-    snapshots = [prune.snapshot_widths(width, teacher.config, last) for width in args.snapshots or ()]
+    last, snapshots = prune.family_widths(teacher.config, target_width, args.target_intermediate, args.target_heads,
+                                          args.snapshots or [])
     if args.seq_length > teacher.config.max_position_embeddings:
         raise InputError(f"--seq-length {args.seq_length} is beyond the teacher's "
                          f"{teacher.config.max_position_embeddings} positions")

@@ -129,13 +129,11 @@ class Widths(NamedTuple):
         return cls(config.hidden_size, config.intermediate_size, config.num_attention_heads, config.attention_head_size)
 
 
-def head_count(hidden: int, config: BertConfig) -> int | None:
-    """The largest number of heads that divides `hidden` and needs no head wider than the teacher's; None where that
-    is less than half of the teacher's heads. A checkpoint must have H * K = D to open in the standard library."""
-    for heads in range(config.num_attention_heads, (config.num_attention_heads - 1) // 2, -1):
-        if hidden % heads == 0 and hidden // heads <= config.attention_head_size:
-            return heads
-    return None
+def head_counts(hidden: int, config: BertConfig) -> list[int]:
+    """The numbers of heads that divide `hidden` and need no head wider than the teacher's, from the largest to half of
+    the teacher's. A checkpoint must have H * K = D to open in the standard library."""
+    return [heads for heads in range(config.num_attention_heads, (config.num_attention_heads - 1) // 2, -1)
+            if hidden % heads == 0 and hidden // heads <= config.attention_head_size]
 
 
 def target_widths(config: BertConfig, hidden: int, intermediate: int | None = None, heads: int | None = None) -> Widths:
@@ -152,9 +150,9 @@ def target_widths(config: BertConfig, hidden: int, intermediate: int | None = No
         raise InputError(f"target intermediate width {intermediate} must be from 1 to the teacher's "
                          f"{config.intermediate_size}")
     if heads is None:
-        heads = head_count(hidden, config)
+        heads = max(head_counts(hidden, config), default=None)
         if heads is None:
-            usable = [width for width in range(1, config.hidden_size) if head_count(width, config)]
+            usable = [width for width in range(1, config.hidden_size) if head_counts(width, config)]
             nearest = sorted(sorted(usable, key=lambda width: abs(width - hidden))[:2])
             raise InputError(f"target width {hidden}: no head count from {-(-config.num_attention_heads // 2)} to "
                              f"{config.num_attention_heads} divides it into heads of at most "
@@ -220,6 +218,20 @@ def snapshot_widths(hidden: int, config: BertConfig, last: Widths) -> Widths:
             return Widths(hidden, intermediate, heads, hidden // heads)
     raise InputError(f"--snapshots {hidden}: no head count from {last.heads} to {first.heads} divides it into heads of "
                      f"{last.head_size} to {first.head_size} dimensions; choose another width or --target-heads")
+
+
+def family_widths(config: BertConfig, hidden: int, intermediate: int | None, heads: int | None,
+                  snapshots: list[int]) -> tuple[Widths, list[Widths]]:
+    """`target_widths` and the shapes of `snapshots` (falling) on the way there. Where the number of heads is open, the
+    largest is taken that lets the path pass through all of them. Raises InputError."""
+    refusal = None
+    for count in ([heads] if heads or not snapshots else head_counts(hidden, config) or [None]):
+        last = target_widths(config, hidden, intermediate, count)
+        try:
+            return last, [snapshot_widths(width, config, last) for width in snapshots if width != hidden]
+        except InputError as error:
+            refusal = refusal or error
+    raise refusal
 
 
 def next_widths(now: Widths, scheduled: Widths, snapshots: list[Widths]) -> Widths:

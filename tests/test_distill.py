@@ -492,6 +492,12 @@ BAD_FLAGS = {
     ("--device", "cuda:99"): "CUDA devices",
     ("--precision", "fp8"): "invalid choice",
     ("--importance", "beauty"): "invalid choice",
+    ("--snapshots", "24,wide"): "not a list of widths",
+    ("--snapshots", "32"): "not between the target width 16 and the teacher's 32",
+    ("--snapshots", "8"): "not between the target width 16",
+    ("--snapshots", "23"): "no head count from 4 to 4 divides it",
+    ("--prune-power", "0"): "from 0.1",
+    ("--recipe", "worst"): "invalid choice",
     ("--preset", "homobert-huge"): "invalid choice",
     ("--no-such-flag",): "unrecognized arguments",
 }

@@ -368,6 +368,22 @@ def test_the_path_passes_through_every_snapshot():
     assert prune.next_widths(shapes[1], last, shapes) == last
 
 
+def test_the_number_of_heads_lets_every_snapshot_pass():
+    """384 has 12 heads by itself; 512 is on the way to 8 of them. The target among the snapshots is the student."""
+    last, shapes = prune.family_widths(CONFIG_768, 384, None, None, [576, 512, 384])
+    assert last == Widths(384, 1536, 8, 48) and shapes == [Widths(576, 2304, 9, 64), Widths(512, 2048, 8, 64)]
+    assert prune.family_widths(CONFIG_768, 384, None, None, [576]) == (Widths(384, 1536, 12, 32), [
+        Widths(576, 2304, 12, 48)])
+    assert prune.family_widths(CONFIG_768, 384, None, None, []) == (Widths(384, 1536, 12, 32), [])
+
+
+def test_snapshots_that_no_number_of_heads_fits(refused):
+    with refused("--snapshots 577: no head count"):
+        prune.family_widths(CONFIG_768, 384, None, None, [577])
+    with refused("--snapshots 512: no head count from 12 to 12"):
+        prune.family_widths(CONFIG_768, 384, None, 12, [512])
+
+
 @pytest.mark.parametrize("hidden, heads, message", [
     (384, 12, "not between"), (768, 12, "not between"), (512, 12, "no head count from 12 to 12")])
 def test_snapshots_that_are_not_on_the_way(hidden, heads, message, refused):
