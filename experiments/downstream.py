@@ -1,9 +1,11 @@
-"""Downstream accuracy under the schedules (HomoDistil, figure 3): the students of schedules.py, fine-tuned.
+"""Downstream accuracy under the schedules (HomoDistil, figure 3): students of schedules.py and recipe.py, fine-tuned.
 
-Every student is fine-tuned on SST-2, MRPC, RTE, CoLA and STS-B with several seeds; --data names the folder of GLUE.
+Every student is fine-tuned on SST-2, MRPC, RTE, CoLA and STS-B with several seeds; --data names the folder of GLUE,
+--corpus the text of the largest budget of recipe.py.
 """
 
 import experiment
+import recipe
 import schedules
 from experiment import plt
 
@@ -16,6 +18,8 @@ STEPS = 150
 def measure(args) -> dict:
     models = {"teacher": experiment.ROOT / "teachers" / "small"}
     models |= {arm: experiment.distil(**flags, seed=0) / "student" for arm, flags in ARMS.items()}
+    models |= {f"{arm}, 10 M": experiment.distil(**flags, **recipe.LARGEST, corpus=args.corpus, seed=0) / "student"
+               for arm, flags in recipe.ARMS.items()}
     return {"steps": STEPS, "rows": experiment.finetuned(models, args.data, experiment.TASKS, args.seeds, STEPS)}
 
 
@@ -31,9 +35,10 @@ def draw(result: dict):
         rows = [row for row in result["rows"] + averages if row["task"] == task]
         experiment.bars(axis, rows, lambda row: row["score"], task)
     figure.suptitle(f"Fine-tuned for {result['steps']} steps, dev, percent, mean and standard deviation over "
-                    f"{len({row['seed'] for row in result['rows']})} seeds; students of 0.2 M tokens")
+                    f"{len({row['seed'] for row in result['rows']})} seeds; students of 0.2 and of 10 million tokens")
     return figure
 
 
 if __name__ == "__main__":
-    experiment.main("downstream", __doc__, measure, draw, ("--data", {"help": "folder of GLUE"}))
+    experiment.main("downstream", __doc__, measure, draw, ("--data", {"help": "folder of GLUE"}),
+                    ("--corpus", {"help": "a large text"}))

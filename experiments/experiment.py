@@ -86,7 +86,7 @@ def finetuned(models: dict[str, Path], data: str, tasks: list[str], seeds: list[
     """Rows of `arm`, `task`, `seed` and the first of the task's metrics, in percent, on dev."""
     output = RUNS / f"finetuned-{steps}"
     program("finetune.py", "--model", *models.values(), "--task", *tasks, "--data", data, "--seeds", *seeds,
-            "--max-steps", steps, "--learning-rate", 2e-4, "--output", output)
+            "--max-steps", steps, "--learning-rate", 2e-4, "--precision", "bf16", "--output", output)
     names = {str(folder): arm for arm, folder in models.items()}
     return [{"arm": names[entry["model"]], "task": entry["task"], "seed": entry["seed"],
              "score": next(iter(entry["metrics"].values()))}

@@ -1,4 +1,5 @@
-"""The recipes with a larger teacher and real text: as published, single cut and --recipe best, 600 steps of 16 x 128.
+"""The recipes with a larger teacher and real text: as published, single cut and --recipe best, 600 steps of 16 x 128,
+in bf16.
 
 --teacher and --corpus as in distill.py.
 """
@@ -7,7 +8,8 @@ import experiment
 import recipe
 from experiment import plt
 
-BUDGET = {"steps": 600, "batch_size": 16, "learning_rate": 4e-4, "eval_every": 60, "eval_rows": 256}
+BUDGET = {"steps": 600, "batch_size": 16, "learning_rate": 4e-4, "eval_every": 60, "eval_rows": 256,
+          "precision": "bf16"}
 
 
 def measure(args) -> dict:
@@ -26,7 +28,7 @@ def draw(result: dict):
     experiment.bars(axes[2], result["rows"], lambda row: row["kl"][-1], "KL to the teacher at the end, nats")
     budget, seeds = result["budget"], len({row["seed"] for row in result["rows"]})
     figure.suptitle(f"6 x 384 -> 192, {budget['steps']} steps of {budget['batch_size']} x 128 tokens of Wikipedia, "
-                    f"seeds: {seeds}")
+                    f"bf16, seeds: {seeds}")
     return figure
 
 
