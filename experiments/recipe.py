@@ -1,7 +1,8 @@
 """Beyond the paper: the method as published, the single cut and --recipe best, against tokens and against seconds.
 
-Three budgets. With the smaller two also what each part of the recipe does and when it had better cut. The largest, on
---corpus, is made with the first seed alone. All runs of one budget must be made on the same, equally busy machine.
+Three budgets. With the smallest also what each part of the recipe does, with the smaller two when it had better cut.
+The largest, on --corpus, is made with the first seed alone. All runs of one budget must be made on the same, equally
+busy machine.
 """
 
 import experiment
@@ -10,14 +11,15 @@ from experiment import plt
 
 ONCE, BEST = {"prune_start": 1 / 30, "prune_end": 1 / 30}, {"recipe": "best"}
 ARMS = {"as published": {}, "single cut at T/30": ONCE, "recipe best": BEST}
-PARTS = {  # with the first seed: what each part of the recipe does,
+PARTS = {  # with the smallest budget and the first seed: what each part of the recipe does
     "published, no masked-LM loss": {"alpha_mlm": 0},
     "published, aligned, compensated": {"align_heads": True, "compensate": True},
     "single cut, no masked-LM loss": ONCE | {"alpha_mlm": 0},
     "single cut, aligned": ONCE | {"align_heads": True},
     "single cut, compensated": ONCE | {"compensate": True},
     "single cut, aligned, compensated": ONCE | {"align_heads": True, "compensate": True},
-    # and when to cut
+}
+TIMES = {  # with the first seed: when to cut
     "recipe, cut at T/100": BEST | {"prune_start": 0.01, "prune_end": 0.01},
     "recipe, cut at T/10": BEST | {"prune_start": 0.1, "prune_end": 0.1},
     "recipe, cuts until T/5": BEST | {"prune_end": 0.2, "granularity": 32},
@@ -31,7 +33,8 @@ def measure(args) -> dict:
     rows = []
     for budget, flags in BUDGETS.items():
         made = experiment.compare({arm: own | flags for arm, own in ARMS.items()}, args.seeds)
-        made += experiment.compare({arm: own | flags for arm, own in PARTS.items()}, args.seeds[:1])
+        more = TIMES if flags else PARTS | TIMES
+        made += experiment.compare({arm: own | flags for arm, own in more.items()}, args.seeds[:1])
         rows += [row | {"budget": budget} for row in made]
     made = experiment.compare({arm: own | LARGEST | {"corpus": args.corpus} for arm, own in ARMS.items()},
                               args.seeds[:1])
