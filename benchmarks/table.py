@@ -46,7 +46,15 @@ def fine_tuning_table(result: dict) -> str:
             "takes {ratio[median]:.2f} ({ratio[least]:.2f} to {ratio[most]:.2f}) of its time.").format(**result)
 
 
-KINDS = {"rows": throughput_table, "tokenise": tokenise_table, "ratio": fine_tuning_table}  # by a key of the result
+def tricks_table(result: dict) -> str:
+    lines = ["| trick | width | a step is faster by | first step |", "|---|---|---|---|"]
+    lines += ["| {trick} | {width} | {0:+.1f} % ({1:+.1f} to {2:+.1f}) | {first:.1f} s |".format(*row["gain"], **row)
+              for row in result["tricks"]]
+    return "\n".join(lines)
+
+
+KINDS = {"rows": throughput_table, "tokenise": tokenise_table, "ratio": fine_tuning_table,
+         "tricks": tricks_table}  # by a key of the result
 
 
 def tables(folder: Path) -> str:

@@ -1,5 +1,6 @@
 """The benchmarks at a toy shape: what they compare is the same computation, and what they count is what is computed."""
 
+import copy
 import gc
 import json
 import sys
@@ -20,6 +21,7 @@ import systems  # noqa: E402
 import table  # noqa: E402
 import throughput  # noqa: E402
 import tokenise  # noqa: E402
+import tricks  # noqa: E402
 
 import prune  # noqa: E402
 
@@ -169,6 +171,34 @@ def test_tokenise(corpus, tmp_path):
     assert four["tokens"] == 4 * once["tokens"] > 0 and min(once["tokens_per_second"], once["peak_memory"]) > 0
     assert 0 < result["batch_seconds"] < result["step_seconds"]
     assert "| 4 x |" in table.tables(tmp_path)
+
+
+EXACT = {name: system for name, system in tricks.TRICKS.items()
+         if system not in (tricks.CompiledLayers, tricks.NoBookkeeping)}  # compiling takes a minute
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_a_trick_changes_no_step(batch, name):
+    """Weights after two steps; a trick that computes something else could not be compared."""
+    steps = []
+    for system in (systems.Ours, EXACT[name]):
+        torch.manual_seed(0)
+        bert = systems.Bert(copy.copy(CONFIG), pooler=False)
+        made = system(bert, copy.deepcopy(bert), copy.copy(CONFIG), CPU, False)
+        for _ in range(2):
+            made.step([batch])
+        steps.append(dict(made.distiller.named_parameters()))
+    for parameter, tensor in steps[0].items():
+        torch.testing.assert_close(steps[1][parameter], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_tricks_as_a_program(monkeypatch, tmp_path):
+    monkeypatch.setattr(tricks, "TRICKS", dict(list(EXACT.items())[:1]))
+    assert tricks.main(["--shape", "toy", "--repeats", "2", *THREADS, "--json", str(tmp_path / "tricks.json")]) == 0
+    rows = json.loads((tmp_path / "tricks.json").read_text())["tricks"]
+    assert [(row["trick"], row["width"]) for row in rows] == [("grouped Q, K, V", 32), ("grouped Q, K, V", 16)]
+    assert all(low <= median <= high for median, low, high in (row["gain"] for row in rows))
+    assert "| grouped Q, K, V | 16 |" in table.tables(tmp_path)
 
 
 def test_gpu_script_without_a_gpu(monkeypatch, capsys):

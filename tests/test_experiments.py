@@ -13,10 +13,12 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "experiments"))
 
 import experiment  # noqa: E402
+import order  # noqa: E402
 import plot_run  # noqa: E402
 import recipe  # noqa: E402
 
 import model  # noqa: E402
+import prune  # noqa: E402
 
 CUTS = [{"event": "cut", "step": step, "before": {"hidden": before}, "after": {"hidden": after}}
         for step, before, after in ((2, 32, 24), (5, 24, 16))]
@@ -112,6 +114,14 @@ def test_gains_at_equal_tokens_and_at_equal_seconds():
     published, single = recipe.gains(rows)
     assert (published["less_at_equal_tokens"], published["less_at_equal_seconds"]) == (50.0, 50.0)
     assert (single["less_at_equal_tokens"], single["less_at_equal_seconds"]) == (40.0, 20.0)
+
+
+def test_every_part_is_cut_at_its_own_time():
+    first, last = prune.Widths(32, 64, 4, 8), prune.Widths(16, 32, 2, 8)
+    widths = order.in_order({"heads": 0.1, "hidden": 0.2, "feed-forward": 0.5}, 20)
+    path = [widths(step, 0, 0, first, last, 8, 3) for step in range(21)]
+    shapes = {2: first._replace(heads=2), 4: first._replace(heads=2, hidden=16), 10: last}
+    assert path == [first] * 2 + [shapes[2]] * 2 + [shapes[4]] * 6 + [shapes[10]] * 11
 
 
 def test_curves_and_bars_are_means_over_the_seeds():
