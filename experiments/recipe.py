@@ -25,7 +25,7 @@ TIMES = {  # with the first seed: when to cut
     "recipe, cuts until T/5": BEST | {"prune_end": 0.2, "granularity": 32},
     "recipe, cuts until T/2": BEST | {"prune_end": 0.5, "granularity": 32},
 }
-BUDGETS = {"0.2 million tokens": {}, "1 million tokens": {"steps": 1000, "eval_every": 125}}
+BUDGETS = {"0.2 million tokens": {}, "1 million tokens, bf16": {"steps": 1000, "eval_every": 125, "precision": "bf16"}}
 LARGEST = {"steps": 5000, "batch_size": 16, "learning_rate": 1e-3, "precision": "bf16", "eval_every": 250}
 
 
@@ -38,7 +38,7 @@ def measure(args) -> dict:
         rows += [row | {"budget": budget} for row in made]
     made = experiment.compare({arm: own | LARGEST | {"corpus": args.corpus} for arm, own in ARMS.items()},
                               args.seeds[:1])
-    rows += [row | {"budget": "10 million tokens"} for row in made]
+    rows += [row | {"budget": "10 million tokens of Wikipedia, bf16"} for row in made]
     return {"largest": LARGEST, "rows": rows, "gains": gains(rows)}
 
 
@@ -72,8 +72,8 @@ def draw(result: dict):
         row[0].set_title(f"{budget}, seeds: {seeds}")
         experiment.bars(row[2], rows, lambda r: r["kl"][-1], "KL to the teacher at the end, nats")
     largest = result["largest"]
-    figure.suptitle("Bundled teacher 256 -> 128, 8 x 128 tokens a step of the demonstration's text; 10 million tokens: "
-                    f"{largest['steps']} steps of {largest['batch_size']} x 128 tokens of Wikipedia in bf16")
+    figure.suptitle("Bundled teacher 256 -> 128, 8 x 128 tokens a step of the demonstration's text; of Wikipedia "
+                    f"{largest['batch_size']} x 128")
     return figure
 
 
