@@ -680,6 +680,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with run.only_the_first_speaks():
             distill(parse_arguments(argv))
+            run.leave_processes()
     except run.Interrupted as error:
         print(f"distill.py: {error}", file=sys.stderr)
         return 128 + error.number

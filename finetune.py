@@ -973,6 +973,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with run.only_the_first_speaks():
             evaluate_all(parse_arguments(argv))
+            run.leave_processes()
     except InputError as error:
         print(f"finetune.py: error: {error}", file=sys.stderr)
         return 2

@@ -413,6 +413,15 @@ def test_several_processes_make_the_same_student(flags, tmp_path, undisturbed, c
         assert line == other if "before" in line else line == pytest.approx(other, rel=1e-3, abs=1e-5)
 
 
+def test_the_processes_part_in_order(flags, tmp_path):
+    """At the end of a run nothing is left that PyTorch's threads could still be working on."""
+    code = ("import distill, sys\ncode = distill.main(sys.argv[1:])\n"
+            "sys.exit(code or distill.run.dist.is_initialized())\n")
+    (tmp_path / "parts.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}")
+    done = torchrun(2, tmp_path / "parts.py", *flags, "--output", tmp_path / "run")
+    assert done.returncode == 0 and (tmp_path / "run" / "student").is_dir(), done.stderr
+
+
 def test_several_processes_resume_bit_for_bit(flags, tmp_path):
     """Interrupted by a signal to torchrun, which passes it on."""
     flags = [*flags, "--steps", "300", "--eval-every", "150"]
