@@ -10,8 +10,8 @@ import schedules
 from experiment import plt
 
 ARMS = {arm: schedules.ARMS[arm] for arm in (
-    "iterative, t_f = 0.7 T (published)", "linear, t_f = 0.7 T", "all at once, T/30",
-    "truncated teacher", "random weights")} | {"recipe best": {"recipe": "best"}}
+    "iterative, t_f = 0.7 T (published)", "all at once, T/30", "truncated teacher", "random weights")} | {
+    "recipe best": recipe.BEST, "recipe best, with masked-LM": recipe.PARTS["single cut, aligned, compensated"]}
 STEPS = 150
 
 
