@@ -1,31 +1,26 @@
-"""Downstream accuracy under the schedules (HomoDistil, figure 3): students of schedules.py and recipe.py, fine-tuned.
+"""Downstream accuracy under the schedules (HomoDistil, figure 3): the students of wikipedia.py and their teacher.
 
-Every student is fine-tuned on SST-2, MRPC, RTE, CoLA and STS-B with several seeds; --data names the folder of GLUE,
---corpus the text of the largest budget of recipe.py.
+Each is fine-tuned on SST-2, MRPC, RTE, CoLA and STS-B with several seeds; --data names the folder of GLUE, --teacher
+and --corpus are those of wikipedia.py.
 """
 
 import experiment
-import recipe
-import schedules
-from experiment import plt
+import wikipedia
+from experiment import Path, plt
 
-ARMS = {arm: schedules.ARMS[arm] for arm in (
-    "iterative, t_f = 0.7 T (published)", "all at once, T/30", "truncated teacher", "random weights")} | {
-    "recipe best": recipe.BEST, "recipe best, with masked-LM": recipe.PARTS["single cut, aligned, compensated"]}
 STEPS = 150
 
 
 def measure(args) -> dict:
-    models = {"teacher": experiment.ROOT / "teachers" / "small"}
-    models |= {arm: experiment.distil(**flags, seed=0) / "student" for arm, flags in ARMS.items()}
-    models |= {f"{arm}, 10 M": experiment.distil(**flags, **recipe.LARGEST, corpus=args.corpus, seed=0) / "student"
-               for arm, flags in recipe.ARMS.items()}
+    given = wikipedia.BUDGET | {"teacher": args.teacher, "corpus": args.corpus, "seed": 0}
+    models = {"teacher": Path(args.teacher)}
+    models |= {arm: experiment.distil(**flags, **given) / "student" for arm, flags in wikipedia.ARMS.items()}
     return {"steps": STEPS, "rows": experiment.finetuned(models, args.data, experiment.TASKS, args.seeds, STEPS)}
 
 
 def draw(result: dict):
     panels = [*experiment.TASKS, "average"]
-    figure, axes = plt.subplots(1, len(panels), figsize=(16, 4), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, len(panels), figsize=(16, 3.2), layout="constrained", sharey=True)
     averages = []
     for arm, group in experiment.rows_of(result["rows"]).items():
         for seed, rows in experiment.rows_of(group, "seed").items():
@@ -34,11 +29,11 @@ def draw(result: dict):
     for axis, task in zip(axes, panels, strict=True):
         rows = [row for row in result["rows"] + averages if row["task"] == task]
         experiment.bars(axis, rows, lambda row: row["score"], task)
-    figure.suptitle(f"Fine-tuned for {result['steps']} steps, dev, percent, mean and standard deviation over "
-                    f"{len({row['seed'] for row in result['rows']})} seeds; students of 0.2 and of 10 million tokens")
+    figure.suptitle(f"6 x 384 and its students of half the width, fine-tuned for {result['steps']} steps; dev, "
+                    f"percent, mean and standard deviation over {len({row['seed'] for row in result['rows']})} seeds")
     return figure
 
 
 if __name__ == "__main__":
-    experiment.main("downstream", __doc__, measure, draw, ("--data", {"help": "folder of GLUE"}),
-                    ("--corpus", {"help": "a large text"}))
+    experiment.main("downstream", __doc__, measure, draw, ("--teacher", {"help": "folder of the teacher"}),
+                    ("--corpus", {"help": "text to learn from"}), ("--data", {"help": "folder of GLUE"}))
