@@ -133,7 +133,8 @@ def bars(axis, rows: list[dict], value, label: str):
 
 
 def header(argv: list[str]) -> dict:
-    """Where, when, with what and how a result was made."""
+    """Where, when, with what and how a result was made. Files are told by their names, wherever they lay."""
+    argv = [Path(word).name if os.sep in word else word for word in argv]
     cpu = Path("/proc/cpuinfo")
     machine = re.findall(r"model name\s*: (.*)", cpu.read_text())[0] if cpu.is_file() else platform.machine()
     commit = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True)
