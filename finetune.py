@@ -91,6 +91,7 @@ IN_AVERAGE = [key for key, task in TASKS.items() if task.kind != "span" and key 
 GRID_LEARNING_RATES, GRID_BATCH_SIZES = (1e-5, 2e-5, 3e-5, 5e-5, 1e-4), (16, 32)
 CLIP = 1.0  # largest norm of the gradient
 QUESTION_TOKENS = 64  # a longer question of SQuAD is cut, as in BERT
+LONGEST_NAME = 60  # characters of a model's name in that of its results' folder; a letter can take four bytes of 255
 SORTED_TOGETHER = 64  # batches whose rows are sorted by length among themselves
 
 
@@ -748,11 +749,11 @@ def identity(entry: dict) -> tuple[str, str, int]:
 
 
 def result_folder(output: Path, name: str, key: str, seed: int, others: set[str]) -> Path:
-    """Where a result lies: OUTPUT/MODEL/TASK-seedN. Models whose names look alike on disk are told apart by a hash."""
+    """Where a result lies: OUTPUT/MODEL/TASK-seedN. Models with long names, or alike on disk, get a hash."""
     plain = {other: re.sub(r"[^\w.-]+", "-", other).strip(".-") or "model" for other in {name, *others}}
     slug = plain.pop(name)
-    if slug in plain.values():
-        slug += "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
+    if slug in plain.values() or len(slug) > LONGEST_NAME:
+        slug = f"{slug[-LONGEST_NAME:]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     return output / slug / f"{key}-seed{seed}"
 
 

@@ -880,6 +880,9 @@ def test_models_whose_names_look_alike_get_folders_of_their_own(tmp_path):
     assert folder == tmp_path / "a-student" / "rte-seed3"
     twin = finetune.result_folder(tmp_path, "a/student", "rte", 3, {"../a/student", "b"})
     assert twin.parent.name.startswith("a-student-") and twin != folder
+    long, other = (finetune.result_folder(tmp_path, f"{letter}/" + "ü" * 300, "rte", 3, set()) for letter in "ab")
+    long.mkdir(parents=True)  # a file system takes 255 bytes
+    assert long != other and len(long.parent.name.encode()) <= 255
 
 
 def test_all_takes_what_is_there_and_says_what_is_not(start, tmp_path, capsys):
