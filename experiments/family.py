@@ -40,7 +40,7 @@ def draw(result: dict):
     axis.invert_yaxis()
     axis.margins(x=0.15)
     axis.set_xlabel("KL to the teacher, nats")
-    axis.legend(fontsize="small")
+    figure.legend(loc="outside lower center", ncols=2)
     seeds = len({row["seed"] for row in result["rows"]})
     figure.suptitle(f"--snapshots 192,160; bundled teacher, {experiment.BUDGET}, seeds: {seeds}")
     return figure
