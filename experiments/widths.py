@@ -14,6 +14,8 @@ import torch
 import transformers
 from experiment import plt
 
+import model
+
 WIDTHS = (192, 128, 88, 64)
 STEPS = 150
 REPEATS = 9
@@ -59,13 +61,13 @@ def measure(args) -> dict:
         rows.append({
             "arm": arm, "kl": 0.0 if folder == teacher else last["kl"],
             "top1": last["teacher_top1" if folder == teacher else "top1"], "sst2": mean, "sst2_spread": spread,
-            "megabytes": (folder / "model.safetensors").stat().st_size / 1e6, **times[arm]})
+            "megabytes": 4e-6 * model.load_model(folder).parameter_count(), **times[arm]})
     return {"rows": rows, "steps": STEPS}
 
 
 def draw(result: dict):
     panels = {"kl": "KL to the teacher, nats", "top1": "masked top-1", "sst2": "SST-2 accuracy, percent",
-              "transformers": "milliseconds a sequence", "megabytes": "megabytes"}
+              "transformers": "milliseconds a sequence", "megabytes": "megabytes in float32"}
     figure, axes = plt.subplots(1, len(panels), figsize=(16, 3.6), layout="constrained")
     rows = result["rows"]
     widths = [int(row["arm"].split(",")[0]) for row in rows]
