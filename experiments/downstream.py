@@ -1,10 +1,12 @@
-"""Downstream accuracy under the schedules (HomoDistil, figure 3): the students of wikipedia.py and their teacher.
+"""Downstream accuracy (HomoDistil, figure 3): students of wikipedia.py and of schedules.py, fine-tuned.
 
-Each is fine-tuned on SST-2, MRPC, RTE, CoLA and STS-B with several seeds; --data names the folder of GLUE, --teacher
-and --corpus are those of wikipedia.py.
+Those of wikipedia.py and their teacher on SST-2, MRPC, RTE, CoLA and STS-B; those of schedules.py on SST-2 alone, the
+one task of which so small a model learns something in so few steps. --data names the folder of GLUE, --teacher and
+--corpus are those of wikipedia.py.
 """
 
 import experiment
+import schedules
 import wikipedia
 from experiment import Path, plt
 
@@ -15,12 +17,16 @@ def measure(args) -> dict:
     given = wikipedia.BUDGET | {"teacher": args.teacher, "corpus": args.corpus, "seed": 0}
     models = {"teacher": Path(args.teacher)}
     models |= {arm: experiment.distil(**flags, **given) / "student" for arm, flags in wikipedia.ARMS.items()}
-    return {"steps": STEPS, "rows": experiment.finetuned(models, args.data, experiment.TASKS, args.seeds, STEPS)}
+    small = {arm: experiment.distil(**flags, seed=0) / "student" for arm, flags in schedules.ARMS.items()}
+    return {"steps": STEPS, "rows": experiment.finetuned(models, args.data, experiment.TASKS, args.seeds, STEPS),
+            "schedules": experiment.finetuned(small, args.data, ["sst2"], args.seeds, STEPS)}
 
 
 def draw(result: dict):
     panels = [*experiment.TASKS, "average"]
-    figure, axes = plt.subplots(1, len(panels), figsize=(16, 3.2), layout="constrained", sharey=True)
+    figure = plt.figure(figsize=(16, 6.4), layout="constrained")
+    upper, lower = figure.subfigures(2, 1)
+    axes = upper.subplots(1, len(panels), sharey=True)
     averages = []
     for arm, group in experiment.rows_of(result["rows"]).items():
         for seed, rows in experiment.rows_of(group, "seed").items():
@@ -29,8 +35,11 @@ def draw(result: dict):
     for axis, task in zip(axes, panels, strict=True):
         rows = [row for row in result["rows"] + averages if row["task"] == task]
         experiment.bars(axis, rows, lambda row: row["score"], task)
-    figure.suptitle(f"6 x 384 and its students of half the width, fine-tuned for {result['steps']} steps; dev, "
-                    f"percent, mean and standard deviation over {len({row['seed'] for row in result['rows']})} seeds")
+    experiment.bars(lower.subplots(), result["schedules"], lambda row: row["score"], "sst2")
+    seeds = len({row["seed"] for row in result["rows"]})
+    upper.suptitle(f"6 x 384 and its students of half the width, fine-tuned for {result['steps']} steps; dev, percent, "
+                   f"mean and standard deviation over {seeds} seeds")
+    lower.suptitle(f"Bundled teacher 256 -> 128, {experiment.BUDGET}, the same")
     return figure
 
 
