@@ -194,7 +194,13 @@ def test_a_trick_changes_no_step(batch, name):
 
 def test_tricks_as_a_program(monkeypatch, tmp_path):
     monkeypatch.setattr(tricks, "TRICKS", dict(list(EXACT.items())[:1]))
-    assert tricks.main(["--shape", "toy", "--repeats", "2", *THREADS, "--json", str(tmp_path / "tricks.json")]) == 0
+    sizes, steps = [], []
+    monkeypatch.setattr(tricks, "random_batch", lambda *of: sizes.append(of[1]) or systems.random_batch(*of))
+    monkeypatch.setattr(systems.Ours, "step", lambda self, batches, real=systems.Ours.step: (
+        steps.append(type(self)), real(self, batches)))
+    assert tricks.main(["--shape", "toy", "--device", "cpu", "--repeats", "2", "--batch-size", "2", *THREADS,
+                        "--json", str(tmp_path / "tricks.json")]) == 0
+    assert sizes == [2] and len(steps) == 2 * 2 * (2 + 2)  # systems, widths, repeats and two to warm up
     rows = json.loads((tmp_path / "tricks.json").read_text())["tricks"]
     assert [(row["trick"], row["width"]) for row in rows] == [("grouped Q, K, V", 32), ("grouped Q, K, V", 16)]
     assert all(low <= median <= high for median, low, high in (row["gain"] for row in rows))

@@ -134,6 +134,39 @@ def test_curves_and_bars_are_means_over_the_seeds():
     experiment.plt.close(figure)
 
 
+def test_the_command_line_of_an_experiment(monkeypatch, tmp_path):
+    """It measures, keeps where the result comes from but not where files lay, and draws; --draw does the last alone."""
+    monkeypatch.setattr(experiment, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(experiment, "FIGURES", tmp_path / "figures")
+    measured = []
+
+    def measure(args):
+        measured.append((args.seeds, args.corpus))
+        return {"rows": [{"arm": "a", "kl": 2.0}]}
+
+    def draw(result):
+        figure, axis = experiment.plt.subplots()
+        experiment.bars(axis, result["rows"], lambda row: row["kl"], "KL")
+        return figure
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", [str(tmp_path / "toy.py"), *words])
+        experiment.main("toy", "A toy.", measure, draw, ("--corpus", {"help": "a text"}))
+
+    with pytest.raises(SystemExit):
+        call()  # without a corpus there is nothing to measure
+    call("--corpus", str(tmp_path / "text.txt"), "--seeds", "3", "4")
+    assert measured == [([3, 4], str(tmp_path / "text.txt"))]
+    result = json.loads((tmp_path / "results" / "toy.json").read_text())
+    assert result["command"] == "python experiments/toy.py --corpus text.txt --seeds 3 4"
+    assert result["rows"][0]["kl"] == 2.0 and result["versions"]["torch"]
+    figures = [tmp_path / "figures" / f"toy.{kind}" for kind in ("png", "svg")]
+    for path in figures:
+        path.unlink()
+    call("--draw")
+    assert len(measured) == 1 and all(path.is_file() for path in figures)
+
+
 SAVED = sorted(path.stem for path in (ROOT / "experiments" / "results").glob("*.json"))
 
 
