@@ -729,7 +729,6 @@ def read_results(output: Path) -> list[dict]:
 
 def write_results(output: Path, entries: list[dict]):
     """Replace results.json in one motion: a reader, or an interruption, meets the old file or the new one."""
-    output.mkdir(parents=True, exist_ok=True)
     work = output / "results.json.new"
     with open(work, "w", encoding="utf-8") as file:
         json.dump(entries, file, indent=1)
@@ -924,7 +923,9 @@ def evaluate_all(args: argparse.Namespace):
     splits = {key: read_task(key, sources[key]) for key in keys if any(key == one[1] for one in todo)}
     run.join_processes(torch.device("cpu"), datetime.timedelta(days=7))
     if run.RANK == 0:
-        write_results(args.output, entries)
+        args.output.mkdir(parents=True, exist_ok=True)
+        with run.locked(args.output):  # read anew: another call may have added to it meanwhile
+            write_results(args.output, [entry for entry in read_results(args.output) if identity(entry) not in todo])
     run.gather("written")  # the others may add to it from here on
     shared_out = list(dict.fromkeys(one[:2] if args.grid else one for one in todo))  # a grid serves all of its seeds
     todo = [one for one in todo if shared_out.index(one[:2] if args.grid else one) % run.WORLD == run.RANK]

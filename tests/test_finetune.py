@@ -813,6 +813,19 @@ def test_finished_results_are_not_made_again(start, recorded, tmp_path, capsys):
     assert [one.seed for one in recorded] == [1] and len(results(tmp_path)) == 3
 
 
+def test_two_calls_at_a_time_keep_each_others_results(start, tmp_path, monkeypatch):
+    read_task = finetune.read_task
+
+    def meanwhile(*arguments):
+        monkeypatch.setattr(finetune, "read_task", read_task)
+        assert start("--max-steps", 1, "--seeds", 1) == 0
+        return read_task(*arguments)
+
+    monkeypatch.setattr(finetune, "read_task", meanwhile)
+    assert start("--max-steps", 1, "--seeds", 0) == 0
+    assert [entry["seed"] for entry in results(tmp_path)] == [1, 0]
+
+
 def test_bad_data_costs_no_finished_result(start, tmp_path, capsys):
     source = write_glue("rte", tmp_path / "RTE")
     assert start("--max-steps", 1, source=source) == 0
