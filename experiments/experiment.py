@@ -83,15 +83,14 @@ def compare(arms: dict[str, dict], seeds: list[int]) -> list[dict]:
 
 
 def finetuned(models: dict[str, Path], data: str, tasks: list[str], seeds: list[int], steps: int) -> list[dict]:
-    """Rows of `arm`, `task`, `seed` and the first of the task's metrics, in percent, on dev."""
+    """Rows of `arm`, `task`, `seed` and the first of the task's metrics, in percent, on dev, in the order asked for."""
     output = RUNS / f"finetuned-{steps}"
     program("finetune.py", "--model", *models.values(), "--task", *tasks, "--data", data, "--seeds", *seeds,
             "--max-steps", steps, "--learning-rate", 2e-4, "--precision", "bf16", "--output", output)
-    names = {str(folder): arm for arm, folder in models.items()}
-    return [{"arm": names[entry["model"]], "task": entry["task"], "seed": entry["seed"],
-             "score": next(iter(entry["metrics"].values()))}
-            for entry in json.loads((output / "results.json").read_text())
-            if entry["model"] in names and entry["task"] in tasks and entry["seed"] in seeds]
+    scores = {(entry["model"], entry["task"], entry["seed"]): next(iter(entry["metrics"].values()))
+              for entry in json.loads((output / "results.json").read_text())}
+    return [{"arm": arm, "task": task, "seed": seed, "score": scores[str(folder), task, seed]}
+            for arm, folder in models.items() for task in tasks for seed in seeds]
 
 
 def mean_and_spread(values: list[float]) -> tuple[float, float]:

@@ -1,9 +1,11 @@
 """The scripts in experiments/, on made-up logs."""
 
 import importlib
+import itertools
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -132,6 +134,26 @@ def test_curves_and_bars_are_means_over_the_seeds():
     experiment.bars(right, rows, lambda row: row["kl"][-1], "KL")
     assert right.patches[0].get_width() == 2.5 and right.texts[0].get_text().strip() == "2.5"
     experiment.plt.close(figure)
+
+
+def test_fine_tuned_rows_come_in_the_order_asked_for_however_they_were_made(monkeypatch, tmp_path):
+    """Panels beside each other share the names of their bars."""
+    made = [{"model": f"/{name}", "task": task, "seed": seed, "metrics": {"f1": score, "accuracy": 0.0}}
+            for score, (task, name, seed) in enumerate(itertools.product(("rte", "cola", "sst2"), "cba", (1, 0)))]
+    asked = []
+
+    def program(script, *arguments):
+        asked.extend(map(str, arguments))
+        (tmp_path / "finetuned-7").mkdir()
+        (tmp_path / "finetuned-7" / "results.json").write_text(json.dumps(made))
+
+    monkeypatch.setattr(experiment, "program", program)
+    monkeypatch.setattr(experiment, "RUNS", tmp_path)
+    rows = experiment.finetuned({"first": Path("/a"), "then": Path("/c")}, "glue", ["cola", "rte"], [0, 1], 7)
+    assert [list(row.values()) for row in rows] == [
+        ["first", "cola", 0, 11], ["first", "cola", 1, 10], ["first", "rte", 0, 5], ["first", "rte", 1, 4],
+        ["then", "cola", 0, 7], ["then", "cola", 1, 6], ["then", "rte", 0, 1], ["then", "rte", 1, 0]]
+    assert " ".join(asked).startswith("--model /a /c --task cola rte --data glue --seeds 0 1 --max-steps 7")
 
 
 def test_the_command_line_of_an_experiment(monkeypatch, tmp_path):
