@@ -4,6 +4,7 @@ KL to the teacher on held-out rows, right after units were chosen by sensitivity
 distill.py; the rows of the evaluation are not those on which anything is fitted.
 """
 
+import contextlib
 import copy
 
 import experiment
@@ -26,12 +27,13 @@ ROWS, MICRO = 16, 16
 
 
 def measure(args) -> dict:
-    device, nothing = run.find_device("cpu"), distill.contextlib.nullcontext
+    device, nothing = run.find_device("cpu"), contextlib.nullcontext
     folder = model.find_model(args.teacher)
     teacher = model.load_model(folder).eval().requires_grad_(False)
     tokenizer = data.load_tokenizer(folder, teacher.config.vocab_size)
     tokens = data.tokenise([args.corpus], tokenizer, distill.parse_arguments([]).cache_dir)
     rows, heldout = (data.Rows(part, 128, tokenizer) for part in (tokens.train, tokens.heldout))
+    count = min(args.rows, len(heldout))
     first = prune.Widths.of(teacher.config)
     found = []
     for seed in args.seeds:
@@ -55,10 +57,10 @@ def measure(args) -> dict:
                 if compensated:
                     improve.compensate(distiller, keep, batches(max(map(len, keep.values()))))
                 prune.cut(distiller, keep, new)
-                kl = distill.evaluate(distiller, teacher, heldout, args.rows, MICRO, device, nothing)["kl"]
+                kl = distill.evaluate(distiller, teacher, heldout, count, MICRO, device, nothing)["kl"]
                 found.append({"case": case, "arm": arm, "seed": seed, "kl": kl})
                 print(case, arm, seed, f"{kl:.3f}", flush=True)
-    return {"teacher": experiment.Path(args.teacher).name, "eval_rows": args.rows, "rows": found}
+    return {"teacher": experiment.Path(args.teacher).name, "eval_rows": count, "rows": found}
 
 
 def draw(result: dict):

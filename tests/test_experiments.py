@@ -1,5 +1,6 @@
 """The scripts in experiments/, on made-up logs."""
 
+import argparse
 import importlib
 import itertools
 import json
@@ -14,11 +15,14 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "experiments"))
 
+import cuts  # noqa: E402
 import experiment  # noqa: E402
 import order  # noqa: E402
 import plot_run  # noqa: E402
 import recipe  # noqa: E402
 
+import data  # noqa: E402
+import distill  # noqa: E402
 import model  # noqa: E402
 import prune  # noqa: E402
 
@@ -116,6 +120,27 @@ def test_gains_at_equal_tokens_and_at_equal_seconds():
     published, single = recipe.gains(rows)
     assert (published["less_at_equal_tokens"], published["less_at_equal_seconds"]) == (50.0, 50.0)
     assert (single["less_at_equal_tokens"], single["less_at_equal_seconds"]) == (40.0, 20.0)
+
+
+def test_single_cuts_are_judged_on_as_many_rows_as_asked_for(documents, tokenizer, monkeypatch, tmp_path):
+    (tmp_path / "text.txt").write_text("\n\n".join(documents * 10) + "\n")
+    torch.manual_seed(0)
+    bert = model.Bert(model.BertConfig(vocab_size=tokenizer.get_vocab_size(), hidden_size=32, num_hidden_layers=2,
+                                       num_attention_heads=4, intermediate_size=64, max_position_embeddings=128,
+                                       initializer_range=0.2))
+    (tmp_path / "teacher").mkdir()
+    model.save_model(bert, tmp_path / "teacher")
+    data.save_tokenizer(tokenizer, tmp_path / "teacher", 128)
+    evaluate, counts = distill.evaluate, []
+    monkeypatch.setattr(distill, "evaluate", lambda *given: counts.append(given[3]) or evaluate(*given))
+    monkeypatch.setattr(distill, "parse_arguments", lambda _: argparse.Namespace(cache_dir=tmp_path / "cache"))
+    args = argparse.Namespace(teacher=str(tmp_path / "teacher"), corpus=str(tmp_path / "text.txt"), rows=3, seeds=[4])
+    result = cuts.measure(args)
+    assert counts == [3] * len(result["rows"]) and result["eval_rows"] == 3
+    assert [(row["case"], row["arm"]) for row in result["rows"]] == list(itertools.product(cuts.CASES, cuts.ARMS))
+    kl = {(row["case"], row["arm"]): row["kl"] for row in result["rows"]}
+    assert all(0 < value < 10 for value in kl.values()) and len(set(kl.values())) == len(kl)
+    assert kl["hidden to 7/8", "plain"] < kl["hidden to 1/2", "plain"]
 
 
 def test_every_part_is_cut_at_its_own_time():
