@@ -1,8 +1,8 @@
 """Beyond the paper: the method as published, the single cut and --recipe best, against tokens and against seconds.
 
 Three budgets; the largest learns on --corpus, the larger two are made with the first of --seeds alone. With the
-smallest also what each part of the recipe does, and when it had better cut. All runs of one budget must be made on the
-same, equally busy machine.
+smallest also what each part of the recipe does, and with the smaller two when it had better cut. All runs of one budget
+must be made on the same, equally busy machine.
 """
 
 import experiment
@@ -11,32 +11,34 @@ from experiment import plt
 
 ONCE, BEST = {"prune_start": 1 / 30, "prune_end": 1 / 30}, {"recipe": "best"}
 ARMS = {"as published": {}, "single cut at T/30": ONCE, "recipe best": BEST}
-PARTS = {  # with the smallest budget and the first seed: what each part of the recipe does,
+PARTS = {  # what each part of the recipe does
     "published, no masked-LM loss": {"alpha_mlm": 0},
     "published, aligned, compensated": {"align_heads": True, "compensate": True},
     "single cut, no masked-LM loss": ONCE | {"alpha_mlm": 0},
     "single cut, aligned": ONCE | {"align_heads": True},
     "single cut, compensated": ONCE | {"compensate": True},
     "single cut, aligned, compensated": ONCE | {"align_heads": True, "compensate": True},
-    # and when to cut
+}
+WHEN = {
     "recipe, cut at T/100": BEST | {"prune_start": 0.01, "prune_end": 0.01},
     "recipe, cut at T/10": BEST | {"prune_start": 0.1, "prune_end": 0.1},
     "recipe, cuts until T/5": BEST | {"prune_end": 0.2, "granularity": 32},
     "recipe, cuts until T/2": BEST | {"prune_end": 0.5, "granularity": 32},
 }
-BUDGETS = {"0.2 million tokens": {},  # that of experiment.BASE
-           "1 million tokens, bf16": {"steps": 1000, "eval_every": 125, "precision": "bf16"}}
+BUDGETS = {  # flags, and what is tried beside ARMS with the first seed
+    "0.2 million tokens": ({}, PARTS | WHEN),  # that of experiment.BASE
+    "1 million tokens, bf16": ({"steps": 1000, "eval_every": 125, "precision": "bf16"}, WHEN),
+}
 LARGEST = {"steps": 5000, "batch_size": 16, "learning_rate": 1e-3, "precision": "bf16", "eval_every": 250}
 
 
 def measure(args) -> dict:
-    budgets = BUDGETS | {"10 million tokens of Wikipedia, bf16": LARGEST | {"corpus": args.corpus}}
+    budgets = BUDGETS | {"10 million tokens of Wikipedia, bf16": (LARGEST | {"corpus": args.corpus}, {})}
     rows = []
-    for budget, flags in budgets.items():
+    for budget, (flags, beside) in budgets.items():
         seeds = args.seeds[:1] if flags else args.seeds
         made = experiment.compare({arm: own | flags for arm, own in ARMS.items()}, seeds)
-        if not flags:
-            made += experiment.compare(PARTS, args.seeds[:1])
+        made += experiment.compare({arm: own | flags for arm, own in beside.items()}, args.seeds[:1])
         rows += [row | {"budget": budget} for row in made]
     return {"largest": LARGEST, "rows": rows, "gains": gains(rows)}
 
