@@ -8,6 +8,7 @@ the runs that are not there yet, in experiments/runs, and writes results/NAME.js
 
 import argparse
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -43,16 +44,19 @@ def program(script: str, *arguments):
     subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], check=True)
 
 
-def distil(**flags) -> Path:
-    """The folder of the finished run of distill.py with BASE and these flags. Equal flags are one run, whoever asks."""
+def distil(label: str = "", call=None, **flags) -> Path:
+    """The folder of the finished run of distill.py with BASE and these flags. Equal flags are one run, whoever asks.
+
+    Instead of the program, `call` may be given its arguments; such runs are told apart by their label.
+    """
     flags = {name.replace("_", "-"): value for name, value in (BASE | flags).items()}
-    name = " ".join(f"{flag} {value}" for flag, value in sorted(flags.items()) if BASE.get(flag) != value)
-    output = RUNS / (re.sub(r"[^\w.,-]+", "_", re.sub(r"\S+/", "", name)) or "as_published")
+    name = " ".join([label, *(f"{flag} {value}" for flag, value in sorted(flags.items()) if BASE.get(flag) != value)])
+    output = RUNS / (re.sub(r"[^\w.,-]+", "_", re.sub(r"\S+/", "", name.strip())) or "as_published")
     if not (output / "student").is_dir():
         command = [word for flag, value in flags.items()
                    for word in ([f"--{flag}"] if value is True else [f"--{flag}", str(value)])]
         command = ["--resume"] if any(output.glob("checkpoints/*/*")) else [*command, "--overwrite"]
-        program("distill.py", *command, "--output", output)
+        (call or functools.partial(program, "distill.py"))(*command, "--output", output)
     return output
 
 

@@ -1,8 +1,8 @@
 """Beyond the paper: the method as published, the single cut and --recipe best, against tokens and against seconds.
 
-Three budgets; the largest learns on --corpus, the larger two are made with the first of --seeds alone. With the
-smallest also what each part of the recipe does, and with the smaller two when it had better cut. All runs of one budget
-must be made on the same, equally busy machine.
+Three budgets; the largest learns on --corpus, the larger two are made with the first of --seeds alone. With each also
+when the recipe had better cut, and with the smallest what each of its parts does. The methods whose seconds are
+compared must run on the same, equally busy machine.
 """
 
 import experiment
@@ -25,18 +25,20 @@ WHEN = {
     "recipe, cuts until T/5": BEST | {"prune_end": 0.2, "granularity": 32},
     "recipe, cuts until T/2": BEST | {"prune_end": 0.5, "granularity": 32},
 }
-BUDGETS = {  # flags, and what is tried beside ARMS with the first seed
-    "0.2 million tokens": ({}, PARTS | WHEN),  # that of experiment.BASE
-    "1 million tokens, bf16": ({"steps": 1000, "eval_every": 125, "precision": "bf16"}, WHEN),
-}
 LARGEST = {"steps": 5000, "batch_size": 16, "learning_rate": 1e-3, "precision": "bf16", "eval_every": 250}
 
 
+def budgets(corpus: str) -> dict[str, dict]:
+    """Flags of every budget; the smallest is that of experiment.BASE."""
+    return {"0.2 million tokens": {},
+            "1 million tokens, bf16": {"steps": 1000, "eval_every": 125, "precision": "bf16"},
+            "10 million tokens of Wikipedia, bf16": LARGEST | {"corpus": corpus}}
+
+
 def measure(args) -> dict:
-    budgets = BUDGETS | {"10 million tokens of Wikipedia, bf16": (LARGEST | {"corpus": args.corpus}, {})}
     rows = []
-    for budget, (flags, beside) in budgets.items():
-        seeds = args.seeds[:1] if flags else args.seeds
+    for budget, flags in budgets(args.corpus).items():
+        seeds, beside = (args.seeds[:1], WHEN) if flags else (args.seeds, PARTS | WHEN)
         made = experiment.compare({arm: own | flags for arm, own in ARMS.items()}, seeds)
         made += experiment.compare({arm: own | flags for arm, own in beside.items()}, args.seeds[:1])
         rows += [row | {"budget": budget} for row in made]

@@ -1,6 +1,7 @@
 """The scripts in experiments/, on made-up logs."""
 
 import argparse
+import functools
 import importlib
 import itertools
 import json
@@ -149,6 +150,38 @@ def test_every_part_is_cut_at_its_own_time():
     path = [widths(step, 0, 0, first, last, 8, 3) for step in range(21)]
     shapes = {2: first._replace(heads=2), 4: first._replace(heads=2, hidden=16), 10: last}
     assert path == [first] * 2 + [shapes[2]] * 2 + [shapes[4]] * 6 + [shapes[10]] * 11
+
+
+def test_a_run_in_another_order_is_made_once_and_taken_up_in_the_middle(small, monkeypatch, capfd):
+    """Step 1 cuts the heads, step 2 the hidden dimensions, step 3 the rest; then the program's own schedule is back."""
+    published = prune.scheduled_widths
+    call = functools.partial(order.distil_in_order, ("heads", "hidden", "feed-forward"))
+    flags = recipe.BEST | {"steps": 30, "save_every": 1}
+    folder = experiment.distil("heads-first", call, **flags)
+    cuts_made = experiment.events(folder, "cut")
+    first, last = prune.Widths(**cuts_made[0]["before"]), prune.Widths(**cuts_made[-1]["after"])
+    heads = first._replace(heads=last.heads, head_size=last.head_size)
+    assert [(event["step"], prune.Widths(**event["after"])) for event in cuts_made] == [
+        (1, heads), (2, heads._replace(hidden=last.hidden)), (3, last)]
+    assert experiment.distil("heads-first", pytest.fail, **flags) == folder
+    assert folder != experiment.distil(**flags) and len(small) == 1
+
+    def ends_in_step_3(times, steps):
+        def widths(step, *given):
+            return scheduled(step, *given) if step < 3 else pytest.fail("the machine is lost")
+
+        scheduled = in_order(times, steps)
+        return widths
+
+    with monkeypatch.context() as patch:
+        in_order = order.in_order
+        patch.setattr(order, "in_order", ends_in_step_3)
+        with pytest.raises(pytest.fail.Exception, match="lost"):
+            experiment.distil("lost", call, **flags)
+    assert prune.scheduled_widths is published
+    again = experiment.distil("lost", call, **flags)
+    assert "resumed after step 2\n" in capfd.readouterr().out
+    assert (again / "student/model.safetensors").read_bytes() == (folder / "student/model.safetensors").read_bytes()
 
 
 def test_curves_and_bars_are_means_over_the_seeds():
