@@ -55,6 +55,7 @@ def draw(result: dict):
     figure, axes = plt.subplots(1, len(groups), figsize=(4 * len(groups), 3), layout="constrained", sharey=True)
     for axis, (budget, rows) in zip(axes, groups.items(), strict=True):
         experiment.bars(axis, rows, lambda row: row["kl"][-1], "KL to the teacher at the end, nats")
+        axis.margins(x=0.25)
         axis.set_title(budget, fontsize="medium")
     seeds = len({row["seed"] for row in result["rows"]})
     figure.suptitle("Order of the cuts at T/30, T/15 and T/10, recipe best; bundled teacher 256 -> 128, "
