@@ -1,16 +1,17 @@
-# make distill: a new environment, then the demonstration. make test: a new environment, then all tests.
-# make figures: every figure again from its saved result.
-# make test-faults: kills, full disks, damaged files and the like on hundreds of small runs, some minutes.
+# make distill: create an environment and run the demonstration.
+# make test: create an environment and run all tests, including the slow ones in tests/reliability/.
+# make test-faults: inject faults into hundreds of small runs (kills, full disks, damaged files); takes minutes.
+# make figures: redraw every picture from its saved result.
 PYTHON ?= python3
 
 distill: .venv/run
 	.venv/bin/python distill.py --overwrite
 
 test: .venv/dev
-	.venv/bin/pytest
+	.venv/bin/pytest tests/ --reliability
 
 test-faults: .venv/dev
-	.venv/bin/python tests/faults/faults.py
+	.venv/bin/python tests/reliability/faults.py
 
 figures: .venv/dev
 	set -e; for result in experiments/results/*.json; do \

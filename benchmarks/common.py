@@ -1,4 +1,4 @@
-"""What every benchmark needs: the program's own files on the path, a record of the machine, a way to keep results."""
+"""What the benchmarks share: the import path, a record of the machine, processes of their own, saved results."""
 
 import concurrent.futures
 import datetime
@@ -20,11 +20,11 @@ import torch  # noqa: E402
 
 import distill  # noqa: E402
 
-RECIPE = distill.parse_arguments(["--teacher", "bert-base-uncased"])  # the published recipe: distill.py's own defaults
+PAPER = distill.parse_arguments(["--teacher", "bert-base-uncased"])  # the paper's settings, the defaults of distill.py
 
 
 def header(argv: list[str], device: torch.device) -> dict:
-    """Where, when, with what and how a result was measured."""
+    """Where, when and how a result was measured."""
     machine = platform.processor() or platform.machine()
     if device.type == "cuda":
         machine = torch.cuda.get_device_name(device)
@@ -38,15 +38,15 @@ def header(argv: list[str], device: torch.device) -> dict:
 
 
 def process() -> concurrent.futures.Executor:
-    """A process of its own, for its memory. It is forked from a server that has only imported libraries: a process that
-    is started afresh counts the peak of the one that started it as its own."""
+    """A new process, to measure its peak memory. It is forked from a server that has only imported libraries, because a
+    spawned process inherits the peak of the process that started it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "transformers.models.bert.modeling_bert"])
     return concurrent.futures.ProcessPoolExecutor(1, context)
 
 
-def alone(function, *arguments):
-    """Call a function in a process of its own."""
+def run_in_process(function, *arguments):
+    """Call a function in a new process."""
     with process() as pool:
         return pool.submit(function, *arguments).result()
 

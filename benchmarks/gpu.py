@@ -1,9 +1,9 @@
-"""Everything that needs a GPU, in one go and within ten minutes: first that the program is right there, then how fast.
+"""Everything that needs a GPU, within ten minutes: first check that the program computes correctly there, then time it.
 
     python benchmarks/gpu.py
 
-Writes benchmarks/results/cuda-correctness.json and, for both shapes, the results of throughput.py. Exit code 1 if
-anything is not as it must be, 2 without a GPU.
+Writes benchmarks/results/cuda-correctness.json and the results of throughput.py for both shapes. Exits with 1 if a
+check fails, with 2 without a GPU.
 """
 
 import argparse
@@ -15,31 +15,31 @@ import time
 from pathlib import Path
 
 import torch
-from common import RECIPE, RESULTS, ROOT, header, write
+from common import PAPER, RESULTS, ROOT, header, write
 from safetensors.torch import load_file
 from systems import build, random_batch
 
 import prune
 
-LOSS_ERROR = 0.005  # relative, of every loss in bf16: its numbers have eight bits, and most errors average out
-SENSITIVITY_ERROR = 0.05  # L1 distance of a set's sensitivities in bf16, relative to their sum
-RANK_CORRELATION = 0.98  # Spearman's, between the rankings of a set's units: what a cut depends on
-MEMORY_ERROR = 0.01  # of the bytes that a cut must give back
-LARGE_MEMORY = 100e9  # bytes: above, 256 sequences at a time fit the research code at the base shape, below 128
+LOSS_ERROR = 0.005  # relative, of every loss in bf16, whose numbers have eight bits; most errors average out
+SENSITIVITY_ERROR = 0.05  # L1 distance of a group's sensitivities in bf16, relative to their sum
+RANK_CORRELATION = 0.98  # of a group's units in both precisions; the ranking decides what is pruned
+MEMORY_ERROR = 0.01  # relative, of the bytes that a prune must free
+LARGE_MEMORY = 100e9  # bytes; from here on micro-batches of 256 rows fit the research code at the base shape, else 128
 
 
 def require(truth, message: str):
     if not truth:
-        raise SystemExit(f"gpu.py: wrong on this device: {message}")
+        raise SystemExit(f"gpu.py: check failed on this device: {message}")
 
 
 def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Spearman's: the correlation of the ranks."""
+    """Spearman correlation of values (N,) without ties."""
     return torch.corrcoef(torch.stack([a.argsort().argsort(), b.argsort().argsort()]).double())[0, 1].item()
 
 
-def bf16_beside_float32(shape: str, device) -> dict:
-    """Losses and unit sensitivities of one batch in both precisions. Returns the worst of each comparison."""
+def check_bf16(shape: str, device) -> dict:
+    """Compare losses and sensitivities of one batch in bf16 and float32. Returns the largest differences."""
     batch = random_batch(shape, 16, device)
     losses, sensitivities = [], []
     for bf16 in (False, True):
@@ -49,7 +49,7 @@ def bf16_beside_float32(shape: str, device) -> dict:
         ours.accumulate_sensitivity()
         losses.append({name: value.item() for name, value in values.items()})
         sensitivities.append(ours.sensitivity)
-    pairs = [(sensitivities[0][units], sensitivities[1][units]) for units in sensitivities[0]]
+    pairs = [(sensitivities[0][group], sensitivities[1][group]) for group in sensitivities[0]]
     result = {"loss_error": max(abs(losses[1][name] / losses[0][name] - 1) for name in losses[0]),
               "sensitivity_error": max(((a - b).abs().sum() / a.sum()).item() for a, b in pairs),
               "rank_correlation": min(rank_correlation(a, b) for a, b in pairs)}
@@ -59,8 +59,8 @@ def bf16_beside_float32(shape: str, device) -> dict:
     return result
 
 
-def cut_equals_cpu(shape: str, device):
-    """The same units cut on the device and on the CPU leave exactly the same parameters, moments and sensitivities."""
+def check_prune(shape: str, device):
+    """Pruning the same units on the device and on the CPU leaves exactly the same tensors."""
     ours = build(shape, ["ours"], device, bf16=False)["ours"]
     ours.step([random_batch(shape, 2, device)])
     copies = []
@@ -68,39 +68,40 @@ def cut_equals_cpu(shape: str, device):
         other = build(shape, ["ours"], where, bf16=False)["ours"]
         other.distiller.load_state_dict(ours.distiller.state_dict())
         other.optimizer.load_state_dict(ours.optimizer.state_dict())
-        other.sensitivity = {units: values.to(where, copy=True) for units, values in ours.sensitivity.items()}
-        other.narrow(other.last, other.sensitivity)
+        other.sensitivity = {group: values.to(where, copy=True) for group, values in ours.sensitivity.items()}
+        other.prune_to(other.target_shape, other.sensitivity)
         moments = [state[key] for state in other.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
         copies.append([*other.distiller.parameters(), *moments, *other.sensitivity.values(), *other.lineage.values()])
-    require(all(torch.equal(a.cpu(), b) for a, b in zip(*copies, strict=True)), "a cut differs from the CPU's")
+    require(all(torch.equal(a.cpu(), b) for a, b in zip(*copies, strict=True)), "a prune differs from the CPU's")
 
 
-def memory_falls(shape: str, device) -> list[dict]:
-    """After every cut the memory has fallen by 12 bytes for each parameter that went (weight and two moments) and for
-    each unit (sensitivity and place in the lineage)."""
+def check_memory(shape: str, device) -> list[dict]:
+    """Every prune frees 12 bytes per pruned parameter (weight and two moments) and per pruned unit (sensitivity and
+    teacher index)."""
     ours = build(shape, ["ours"], device, bf16=True)["ours"]
     batches = [random_batch(shape, 16, device)]
-    first, seen = ours.widths, []
+    teacher_shape, measured = ours.shape, []
     for step in range(10):
-        new = prune.scheduled_widths(step, 0, 9, first, ours.last, RECIPE.granularity)
-        if new != ours.widths:
-            ours.narrow(new, ours.sensitivity)
+        new_shape = prune.scheduled_shape(step, 0, 9, teacher_shape, ours.target_shape, PAPER.granularity)
+        if new_shape != ours.shape:
+            ours.prune_to(new_shape, ours.sensitivity)
         ours.step(batches)
         parameters, units = (sum(t.numel() for t in tensors)
                              for tensors in (ours.distiller.parameters(), ours.lineage.values()))
-        seen.append({"hidden": new.hidden, "parameters": parameters, "needed": 12 * (parameters + units),
-                     "allocated": torch.cuda.memory_allocated(device),
-                     "requested": torch.cuda.memory_stats(device)["requested_bytes.all.current"]})  # before rounding up
-    for before, after in itertools.pairwise(seen):
-        expected, freed = (before[what] - after[what] for what in ("needed", "requested"))
-        require(abs(freed - expected) <= MEMORY_ERROR * expected, f"a cut frees {freed} bytes, not {expected}")
-        require(after["allocated"] < before["allocated"] or not expected, "a cut leaves as much memory allocated")
-    return seen
+        measured.append({
+            "hidden_size": new_shape.hidden_size, "parameters": parameters, "needed": 12 * (parameters + units),
+            "allocated": torch.cuda.memory_allocated(device),
+            "requested": torch.cuda.memory_stats(device)["requested_bytes.all.current"]})  # before rounding up
+    for before, after in itertools.pairwise(measured):
+        expected, freed = (before[key] - after[key] for key in ("needed", "requested"))
+        require(abs(freed - expected) <= MEMORY_ERROR * expected, f"a prune frees {freed} bytes, not {expected}")
+        require(after["allocated"] < before["allocated"] or not expected, "a prune frees no allocated memory")
+    return measured
 
 
-def interrupted_ends_the_same(folder: Path, flags: list[str]):
-    """With --deterministic two runs of distill.py end with the same bits, and so does one that SIGTERM has interrupted
-    after a few steps and that was resumed."""
+def check_resume(folder: Path, flags: list[str]):
+    """With --deterministic two runs of distill.py produce the same student bit for bit, and so does a run that SIGTERM
+    interrupts after a few steps and that is resumed."""
     program, students = [sys.executable, str(ROOT / "distill.py")], []
     for name in ("first", "second", "interrupted"):
         output = ["--output", str(folder / name)]
@@ -110,12 +111,13 @@ def interrupted_ends_the_same(folder: Path, flags: list[str]):
             while process.poll() is None and not (log.is_file() and log.read_text().count('"train"') >= 5):
                 time.sleep(0.02)
             process.terminate()
-            require(process.wait() == 143, "SIGTERM does not end a run as it should")
+            require(process.wait() == 143, "SIGTERM does not save and stop a run")
             process = subprocess.Popen([*program, "--resume", *output])
         require(process.wait() == 0, f"distill.py: exit code {process.returncode}")
         students.append(load_file(folder / name / "student" / "model.safetensors"))
-    for other, what in zip(students[1:], ("a second run", "a resumed run"), strict=True):
-        require(all(torch.equal(tensor, other[name]) for name, tensor in students[0].items()), f"{what} ends elsewhere")
+    for other, name in zip(students[1:], ("a second run", "a resumed run"), strict=True):
+        require(all(torch.equal(tensor, other[key]) for key, tensor in students[0].items()),
+                f"{name} produces another student")
 
 
 def main(argv: list[str]) -> int:
@@ -126,14 +128,14 @@ def main(argv: list[str]) -> int:
         print("gpu.py: there is no CUDA device here", file=sys.stderr)
         return 2
     device = torch.device("cuda")
-    result = header(argv, device) | {"bf16": {shape: bf16_beside_float32(shape, device) for shape in ("small", "base")}}
-    cut_equals_cpu("small", device)
-    result["memory"] = memory_falls("small", device)
+    result = header(argv, device) | {"bf16": {shape: check_bf16(shape, device) for shape in ("small", "base")}}
+    check_prune("small", device)
+    result["memory"] = check_memory("small", device)
     with tempfile.TemporaryDirectory() as folder:
-        interrupted_ends_the_same(Path(folder), ["--steps", "60", "--device", "cuda"])
+        check_resume(Path(folder), ["--steps", "60", "--device", "cuda"])
     write(args.results / "cuda-correctness.json", result)
-    print("right on this device:", result["bf16"])
-    torch.cuda.empty_cache()  # for the processes that follow
+    print("all checks passed on this device:", result["bf16"])
+    torch.cuda.empty_cache()  # leaves memory to the processes that follow
     micro = 256 if torch.cuda.get_device_properties(device).total_memory > LARGE_MEMORY else 128
     for shape in ("base", "small"):
         subprocess.run([sys.executable, str(Path(__file__).with_name("throughput.py")), "--shape", shape, "--device",

@@ -1,37 +1,37 @@
-"""The same training step written three times, with an equal interface, and the proof that the losses are the same.
+"""The same training step written three times with one interface, and the check that all three compute the same losses.
 
-    ours         the step of distill.py, matrices sliced by the cuts
-    usual        as research code on top of `transformers` is written: logits and their KL at all positions, attention
-                 scores of every head, the optimizer's defaults, sensitivities of full-size matrices; pruning by masks
-    stock-best   the best that stock modules allow: fused attention, logits at the masked positions, head-averaged
-                 scores in one product, fused optimizer, sensitivities summed over units at once; pruning by masks
+    ours            the step of distill.py: pruning slices the matrices
+    stock-best      the best that stock modules of `transformers` allow: fused attention, logits at masked positions,
+                    head-averaged scores in one matmul, fused optimizer, sensitivities per unit; pruning by masks
+    research code   as research code on top of `transformers` is usually written: logits and KL at all positions,
+                    attention scores of every head, default optimizer, sensitivities per weight; pruning by masks
 """
 
 import copy
 
 import torch
 import torch.nn.functional as F
-from common import RECIPE
+from common import PAPER
 from torch import nn
 from transformers import AttentionInterface, BertForMaskedLM
 from transformers import BertConfig as StockConfig
 
 import distill
 import prune
-from data import MASKED_SHARE, Batch
+from data import MASKED_FRACTION, Batch
 from distill import ADAM_BETAS, ADAM_EPS, Distiller, mean_mse
 from model import Bert, BertConfig, Output, mean_attention_scores
-from prune import Widths
-from run import now
+from prune import Shape
+from support.distributed import synchronized_time
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-SHAPES = {  # teacher, tokens in a sequence, sequences in a step on the CPU
+SHAPES = {  # teacher, tokens per row, rows per step on the CPU
     "base": (BertConfig(30_522, 768, 12, 12, 3072, **NO_DROPOUT), 128, 8),
     "small": (BertConfig(30_522, 256, 4, 8, 1024, **NO_DROPOUT), 128, 16),
     "toy": (BertConfig(211, 32, 2, 4, 96, **NO_DROPOUT), 16, 3),  # for the tests
 }
 ALPHAS = {"mlm": 1.0, "pred": 1.0, "hidn": 1.0, "emb": 1.0, "attn": 1.0}
-TOLERANCE = 1e-3  # relative, of every loss
+TOLERANCE = 1e-3  # relative difference of every loss
 
 
 # ---- The three systems ---------------------------------------------------------------------------------------
@@ -40,32 +40,32 @@ TOLERANCE = 1e-3  # relative, of every loss
 class Ours:
     """The loop of distill.py, one step at a time."""
 
-    sliced = True  # are the student's matrices as small as its widths?
-    all_positions = False  # are logits computed where nothing is masked?
-    score_product = True  # do the compared scores take a product of their own, beside the attention's?
+    sliced = True  # whether the student's matrices get smaller with its shape
+    all_positions = False  # whether logits are computed at unmasked positions
+    score_matmul = True  # whether the compared scores need a matmul beside that of the attention
 
     def __init__(self, teacher: Bert, student: Bert, config: BertConfig, device: torch.device, bf16: bool):
         self.config, self.device, self.bf16 = config, device, bf16
-        self.widths, self.last = Widths.of(config), target(config)
+        self.shape, self.target_shape = Shape.of(config), target(config)
         self.teacher = self.convert(teacher).to(device).eval().requires_grad_(False)
-        self.distiller = self.compare(self.convert(student)).to(device).train()
+        self.distiller = self.make_distiller(self.convert(student)).to(device).train()
         self.optimizer = self.make_optimizer()
         for group in self.optimizer.param_groups:
-            group["lr"] = RECIPE.learning_rate
+            group["lr"] = PAPER.learning_rate
         self.sensitivity: dict[str, torch.Tensor] = {}
         self.prepare(student)
 
     def convert(self, bert: Bert) -> nn.Module:
         return bert
 
-    def compare(self, student: nn.Module) -> Distiller:
+    def make_distiller(self, student: nn.Module) -> Distiller:
         return Distiller(student, ALPHAS)
 
     def make_optimizer(self):
-        return distill.make_optimizer(self.distiller, RECIPE.weight_decay)
+        return distill.make_optimizer(self.distiller, PAPER.weight_decay)
 
     def prepare(self, student: Bert):
-        self.lineage = prune.new_lineage(self.distiller)
+        self.lineage = prune.teacher_indices(self.distiller)
 
     def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
@@ -74,15 +74,15 @@ class Ours:
             return self.distiller(batch, target)
 
     def step(self, batches: list[Batch]):
-        """One optimizer step over micro-batches; the order is that of distill.py."""
+        """One optimizer step over micro-batches, in the order of distill.py."""
         total = 0.0
         for batch in batches:
             loss = self.losses(batch)["loss"] / len(batches)
             loss.backward()
             total += loss.detach()
-        if self.widths != self.last:
+        if self.shape != self.target_shape:
             self.accumulate_sensitivity()
-        norm = nn.utils.clip_grad_norm_(self.distiller.parameters(), RECIPE.clip)
+        norm = nn.utils.clip_grad_norm_(self.distiller.parameters(), PAPER.clip)
         if not torch.isfinite(norm + total):
             raise RuntimeError("loss or gradient is not finite")
         self.optimizer.step()
@@ -90,38 +90,38 @@ class Ours:
         self.apply_masks()
 
     def accumulate_sensitivity(self):
-        prune.accumulate_sensitivity(self.sensitivity, self.distiller, RECIPE.sensitivity_decay)
+        prune.accumulate_sensitivity(self.sensitivity, self.distiller, PAPER.sensitivity_decay)
 
     def apply_masks(self):
-        """Nothing: what was cut does not exist."""
+        """Nothing to do: pruned units do not exist."""
 
-    def narrow(self, new: Widths, importance: dict[str, torch.Tensor]) -> float:
-        """Cut to `new` and return the seconds that it took."""
-        start = now(self.device)
-        keep = prune.choose_units(importance, self.widths, new)
-        prune.cut(self.distiller, keep, new, self.optimizer, (self.sensitivity, self.lineage))
-        self.widths = new
-        return now(self.device) - start
+    def prune_to(self, new_shape: Shape, importance: dict[str, torch.Tensor]) -> float:
+        """Prune to `new_shape` and return the seconds that it took."""
+        start = synchronized_time(self.device)
+        keep = prune.choose_units(importance, self.shape, new_shape)
+        prune.prune_units(self.distiller, keep, new_shape, self.optimizer, (self.sensitivity, self.lineage))
+        self.shape = new_shape
+        return synchronized_time(self.device) - start
 
     @classmethod
-    def flops_per_token(cls, config: BertConfig, seq_length: int, widths: Widths) -> float:
-        """Operations in the matrix products of a step: teacher forward, student forward, and twice that backward."""
+    def flops_per_token(cls, config: BertConfig, seq_length: int, shape: Shape) -> float:
+        """Operations in the matmuls of a step: teacher forward, student forward, and twice that backward."""
         logits = 1.0 if cls.all_positions else masked_positions(seq_length) / seq_length
-        scores = 2 * seq_length * cls.score_product
+        scores = 2 * seq_length * cls.score_matmul
 
-        def forward(w: Widths) -> float:
-            inner = w.heads * w.head_size
-            layer = 8 * w.hidden * inner + 4 * w.hidden * w.intermediate + (4 * seq_length + scores) * inner
-            return config.num_hidden_layers * layer + logits * 2 * w.hidden * (w.hidden + config.vocab_size)
+        def forward(s: Shape) -> float:
+            hidden, inner = s.hidden_size, s.num_heads * s.head_size
+            layer = 8 * hidden * inner + 4 * hidden * s.intermediate_size + (4 * seq_length + scores) * inner
+            return config.num_hidden_layers * layer + logits * 2 * hidden * (hidden + config.vocab_size)
 
-        teacher = Widths.of(config)
-        student = widths if cls.sliced else teacher
-        projections = 2 * (config.num_hidden_layers + 1) * student.hidden * teacher.hidden
+        teacher = Shape.of(config)
+        student = shape if cls.sliced else teacher
+        projections = 2 * (config.num_hidden_layers + 1) * student.hidden_size * teacher.hidden_size
         return forward(teacher) + 3 * (forward(student) + projections)
 
 
 class StockBert(BertForMaskedLM):
-    """A stock BERT that hands out what the losses need: logits at `positions`, scores from one product a layer."""
+    """A stock BERT that returns what the losses need: logits at `positions`, scores from one matmul per layer."""
 
     def forward(self, input_ids, positions, want_scores) -> Output:
         projected = []
@@ -137,7 +137,7 @@ class StockBert(BertForMaskedLM):
 
 
 class StockBest(Ours):
-    """As good as stock modules allow. They cannot be narrower by a few dimensions, so masks stand for the cuts."""
+    """As good as stock modules allow. They cannot lose a few dimensions, so masks take the place of slicing."""
 
     sliced = False
     bert, attention = StockBert, "sdpa"
@@ -151,39 +151,40 @@ class StockBest(Ours):
         return stock
 
     def prepare(self, student: Bert):
-        """Names are those of our own model, so its table says along which dimensions a parameter is cut."""
+        """The names are those of our model, so its structure table gives the groups of every parameter's dimensions."""
         parameters = dict(self.distiller.named_parameters())
         axes = prune.tensor_axes(Distiller(student, ALPHAS))
-        self.cuttable = {name: (parameters[name], dimensions) for name, dimensions in axes.items()}
-        self.masks = [torch.ones_like(p) for p, _ in self.cuttable.values()]
+        self.prunable = {name: (parameters[name], dimensions) for name, dimensions in axes.items()}
+        self.masks = [torch.ones_like(p) for p, _ in self.prunable.values()]
 
-    def narrow(self, new: Widths, lineage: dict[str, torch.Tensor]):
-        """Mask everything but the units that `lineage` says have survived."""
-        self.widths = new
-        for mask, (_, dimensions) in zip(self.masks, self.cuttable.values(), strict=True):
+    def prune_to(self, new_shape: Shape, lineage: dict[str, torch.Tensor]):
+        """Mask everything but the units in `lineage`."""
+        self.shape = new_shape
+        for mask, (_, dimensions) in zip(self.masks, self.prunable.values(), strict=True):
             mask.fill_(1)
-            for dimension, units in dimensions.items():
-                kept = torch.zeros(mask.shape[dimension], device=self.device).index_fill_(0, lineage[units], 1)
+            for dimension, group in dimensions.items():
+                kept = torch.zeros(mask.shape[dimension], device=self.device).index_fill_(0, lineage[group], 1)
                 mask.mul_(kept[:, None] if mask.dim() == 2 and dimension == 0 else kept)
         self.apply_masks()
 
     @torch.no_grad()
     def apply_masks(self):
-        torch._foreach_mul_([p for p, _ in self.cuttable.values()], self.masks)
+        torch._foreach_mul_([p for p, _ in self.prunable.values()], self.masks)
 
     @torch.no_grad()
     def accumulate_sensitivity(self):
         sums: dict[str, torch.Tensor] = {}
-        for p, dimensions in self.cuttable.values():
+        for p, dimensions in self.prunable.values():
             values = (p * p.grad).abs_()
-            for dimension, units in dimensions.items():
+            for dimension, group in dimensions.items():
                 total = values.sum(1 - dimension) if values.dim() == 2 else values
-                sums[units] = sums[units] + total if units in sums else total
-        for units, total in sums.items():
-            self.sensitivity.setdefault(units, total).lerp_(total, 1 - RECIPE.sensitivity_decay)
+                sums[group] = sums[group] + total if group in sums else total
+        for group, total in sums.items():
+            self.sensitivity.setdefault(group, total).lerp_(total, 1 - PAPER.sensitivity_decay)
+
 
 def attention_with_scores(module, query, key, value, mask, scaling, dropout=0.0, **_):
-    """Eager attention as in `transformers`, which also keeps the scores before the softmax, (B,H,S,S)."""
+    """Eager attention as in `transformers`. It also keeps the scores before the softmax, (B,H,S,S)."""
     module.scores = query @ key.transpose(2, 3) * scaling
     weights = F.dropout(module.scores.softmax(-1), dropout, module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
@@ -192,14 +193,14 @@ def attention_with_scores(module, query, key, value, mask, scaling, dropout=0.0,
 AttentionInterface.register("with_scores", attention_with_scores)
 
 
-class UsualBert(BertForMaskedLM):
+class ResearchBert(BertForMaskedLM):
     def forward(self, input_ids, positions=None, want_scores=True) -> Output:
         output = super().forward(input_ids, output_hidden_states=True, output_attentions=True)
         scores = [vars(layer.attention.self).pop("scores").mean(1) for layer in self.bert.encoder.layer]
         return Output(output.hidden_states[0], output.hidden_states[1:], scores, output.logits)  # logits (B,S,V)
 
 
-class UsualDistiller(Distiller):
+class ResearchDistiller(Distiller):
     """The same losses from logits at all positions, of which only the masked ones count."""
 
     def forward(self, batch: Batch, teacher: Output) -> dict[str, torch.Tensor]:
@@ -215,22 +216,22 @@ class UsualDistiller(Distiller):
         return {"loss": sum(losses.values())} | losses
 
 
-class Usual(StockBest):
-    """What most published code does."""
+class ResearchCode(StockBest):
+    """As most published code is written."""
 
-    bert, attention = UsualBert, "with_scores"
-    all_positions, score_product = True, False
+    bert, attention = ResearchBert, "with_scores"
+    all_positions, score_matmul = True, False
 
-    def compare(self, student):
-        return UsualDistiller(student, ALPHAS)
+    def make_distiller(self, student):
+        return ResearchDistiller(student, ALPHAS)
 
     def make_optimizer(self):
         return torch.optim.AdamW(self.distiller.parameters(), betas=ADAM_BETAS, eps=ADAM_EPS,
-                                 weight_decay=RECIPE.weight_decay)
+                                 weight_decay=PAPER.weight_decay)
 
     @torch.no_grad()
     def accumulate_sensitivity(self):
-        decay = RECIPE.sensitivity_decay
+        decay = PAPER.sensitivity_decay
         for name, p in self.distiller.named_parameters():
             sensitivity = (p * p.grad).abs()
             if name in self.sensitivity:
@@ -239,22 +240,23 @@ class Usual(StockBest):
 
     @torch.no_grad()
     def apply_masks(self):
-        for mask, (p, _) in zip(self.masks, self.cuttable.values(), strict=True):
+        for mask, (p, _) in zip(self.masks, self.prunable.values(), strict=True):
             p.mul_(mask)
 
 
-SYSTEMS = {"usual": Usual, "stock-best": StockBest, "ours": Ours}  # ours keeps the weights that the others copy
+PEERS = {"stock-best": StockBest, "research code": ResearchCode}
+SYSTEMS = PEERS | {"ours": Ours}  # ours is last, because it takes the weights that the others copy
 
 
 # ---- Before the clock runs -----------------------------------------------------------------------------------
 
 
 def masked_positions(seq_length: int) -> int:
-    return max(1, round(MASKED_SHARE * (seq_length - 2)))  # in a row, as in data.Rows
+    return max(1, round(MASKED_FRACTION * (seq_length - 2)))  # per row, as in data.MaskedRows
 
 
-def target(config: BertConfig) -> Widths:
-    return prune.target_widths(config, config.hidden_size // 2)
+def target(config: BertConfig) -> Shape:
+    return prune.target_shape(config, config.hidden_size // 2)
 
 
 def random_batch(shape: str, rows: int, device) -> Batch:
@@ -266,7 +268,7 @@ def random_batch(shape: str, rows: int, device) -> Batch:
 
 
 def build(shape: str, names: list[str], device, bf16: bool) -> dict[str, Ours]:
-    """The systems with equal weights: a random teacher, and a student beside it so that no loss is zero."""
+    """The systems with equal weights: a random teacher, and a student that differs, so that no loss is zero."""
     torch.manual_seed(0)
     config = SHAPES[shape][0]
     teacher = Bert(copy.copy(config), pooler=False)
@@ -278,7 +280,7 @@ def build(shape: str, names: list[str], device, bf16: bool) -> dict[str, Ours]:
 
 
 def check_agreement(systems: dict[str, Ours], batch: Batch, where: str):
-    """Raise RuntimeError unless the peers' losses are ours to TOLERANCE."""
+    """Raise RuntimeError unless the losses of all systems are ours, to TOLERANCE."""
     ours = systems["ours"].losses(batch)
     for name, system in systems.items():
         for loss, value in system.losses(batch).items():
@@ -288,18 +290,18 @@ def check_agreement(systems: dict[str, Ours], batch: Batch, where: str):
 
 
 def check_all(shape: str, device):
-    """Compare the losses in float32 at full width, and with feed-forward, query-key and value-output units cut.
+    """Compare the losses in float32 at full width, and with feed-forward, query-key and value-output units pruned.
 
-    Not with hidden dimensions cut: a stock LayerNorm takes its mean and variance over the masked ones, too, so that
-    masks of the hidden width make another model, in every code that uses them.
+    Hidden dimensions are not pruned here: a stock LayerNorm includes masked dimensions in its mean and variance, so
+    that masks of hidden dimensions define another model.
     """
     systems = build(shape, list(SYSTEMS), device, bf16=False)
     batch = random_batch(shape, 2, device)
     ours = systems["ours"]
     with torch.no_grad():
         check_agreement(systems, batch, "at full width")
-        inner = ours.last._replace(hidden=ours.widths.hidden)
-        ours.narrow(inner, prune.unit_importance("magnitude", ours.distiller, {}, 0))
-        for name in ("usual", "stock-best"):
-            systems[name].narrow(inner, ours.lineage)
+        inner = ours.target_shape._replace(hidden_size=ours.shape.hidden_size)
+        ours.prune_to(inner, prune.unit_importance("magnitude", ours.distiller, {}, 0))
+        for name in PEERS:
+            systems[name].prune_to(inner, ours.lineage)
         check_agreement(systems, batch, "with inner widths halved")

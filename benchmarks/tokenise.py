@@ -1,9 +1,9 @@
-"""Tokens per second of data.py, its memory as the corpus grows, and how long a batch takes to make beside a step.
+"""Speed and memory of tokenisation, and the time to make a batch beside the time of a training step.
 
     python benchmarks/tokenise.py --corpus my/text.txt --json benchmarks/results/tokenise.json
 
-The corpus is tokenised once as it is and once four times over, each in a process of its own whose peak memory is
-taken: what does not depend on the size of the corpus is the same in both.
+The corpus is tokenised once as it is and once repeated four times, each in a new process whose peak memory is measured.
+Equal peaks show that memory does not grow with the corpus.
 """
 
 import argparse
@@ -16,66 +16,69 @@ import time
 from pathlib import Path
 
 import torch
-from common import RECIPE, ROOT, alone, header, write
+from common import PAPER, ROOT, header, run_in_process, write
 from systems import SHAPES, build, random_batch, target
 
-import data
 import prune
-from model import BertConfig
-from run import memory_mb
+from data import MaskedRows
+from support.checkpoint import load_config, load_tokenizer
+from support.corpus import demo_documents
+from support.corpus import tokenise as tokenise_corpora
+from support.distributed import peak_memory_mb
 
 TEACHER = ROOT / "teachers" / "small"
-VOCAB_SIZE = BertConfig.load(TEACHER).vocab_size
+
+
+def teacher_tokenizer():
+    return load_tokenizer(TEACHER, load_config(TEACHER).vocab_size)
 
 
 def tokenise(corpus: str, copies: int, cache: Path) -> dict:
-    """Tokenise a corpus `copies` times over; for a process of its own."""
-    tokenizer = data.load_tokenizer(TEACHER, VOCAB_SIZE)
+    """Tokenise `copies` copies of a corpus. To be called in a new process."""
     start = time.perf_counter()
-    tokens = data.tokenise([corpus] * copies, tokenizer, cache)
+    tokens = tokenise_corpora([corpus] * copies, teacher_tokenizer(), cache)
     count = len(tokens.train) + len(tokens.heldout)
     return {"copies": copies, "tokens": count, "tokens_per_second": count / (time.perf_counter() - start),
-            "peak_memory": memory_mb(torch.device("cpu"))}
+            "peak_memory": peak_memory_mb(torch.device("cpu"))}
 
 
-def batch_beside_step(cache: Path, corpus: str, repeats: int) -> dict:
-    """Median seconds of making a training batch and of the fastest step that would wait for it: the small shape at its
-    final width."""
-    device, (config, seq_length, rows_in_step) = torch.device("cpu"), SHAPES["small"]
-    tokenizer = data.load_tokenizer(TEACHER, VOCAB_SIZE)
-    rows = data.Rows(data.tokenise([corpus], tokenizer, cache).train, seq_length, tokenizer)
+def batch_and_step(cache: Path, corpus: str, repeats: int) -> dict:
+    """Median seconds to make a training batch, and of the fastest step: the small shape at its final width."""
+    device, (config, seq_length, rows_per_step) = torch.device("cpu"), SHAPES["small"]
+    tokenizer = teacher_tokenizer()
+    rows = MaskedRows(tokenise_corpora([corpus], tokenizer, cache).train, seq_length, tokenizer)
     system = build("small", ["ours"], device, bf16=False)["ours"]
-    system.narrow(target(config), prune.unit_importance("magnitude", system.distiller, {}, 0))
-    batches = [random_batch("small", rows_in_step, device)]
+    system.prune_to(target(config), prune.unit_importance("magnitude", system.distiller, {}, 0))
+    batches = [random_batch("small", rows_per_step, device)]
     system.step(batches)
     seconds = {"batch": [], "step": []}
     for step in range(repeats):
         start = time.perf_counter()
-        rows.training_batch(RECIPE.seed, step, rows_in_step)
-        made = time.perf_counter()
+        rows.training_batch(PAPER.seed, step, rows_per_step)
+        middle = time.perf_counter()
         system.step(batches)
-        seconds["batch"].append(made - start)
-        seconds["step"].append(time.perf_counter() - made)
-    return {f"{what}_seconds": statistics.median(times) for what, times in seconds.items()}
+        seconds["batch"].append(middle - start)
+        seconds["step"].append(time.perf_counter() - middle)
+    return {f"{name}_seconds": statistics.median(times) for name, times in seconds.items()}
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--corpus", help="A file or folder as distill.py takes it. The demo corpus unless given.")
-    parser.add_argument("--repeats", type=int, default=20, help="Batches and steps that are timed [%(default)s].")
-    parser.add_argument("--threads", type=int, default=2, help="Threads of tokenizer and step [%(default)s].")
-    parser.add_argument("--json", type=Path, help="Where the result goes.")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--corpus", help="File or folder, as for distill.py. Default: the demo text.")
+    parser.add_argument("--repeats", type=int, default=20, help="Batches and steps to time. [%(default)s]")
+    parser.add_argument("--threads", type=int, default=2, help="Threads of tokenizer and step. [%(default)s]")
+    parser.add_argument("--json", type=Path, help="File for the result.")
     args = parser.parse_args(argv)
     os.environ |= {"RAYON_NUM_THREADS": str(args.threads), "TOKENIZERS_PARALLELISM": "true"}
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as name:
         folder, corpus = Path(name), args.corpus
-        if corpus is None:  # as a file, so that it can be read several times over
+        if corpus is None:  # as a file, because `demo` cannot be repeated
             corpus = str(folder / "demo.txt")
-            Path(corpus).write_text("\n\n".join(data.demo_documents()), encoding="utf-8")
-        sizes = [alone(tokenise, corpus, copies, folder) for copies in (1, 4)]
-        beside = batch_beside_step(folder, corpus, args.repeats)
-    result = header(argv, torch.device("cpu")) | {"tokenise": sizes} | beside
+            Path(corpus).write_text("\n\n".join(demo_documents()), encoding="utf-8")
+        sizes = [run_in_process(tokenise, corpus, copies, folder) for copies in (1, 4)]
+        times = batch_and_step(folder, corpus, args.repeats)
+    result = header(argv, torch.device("cpu")) | {"tokenise": sizes} | times
     if args.json:
         write(args.json, result)
     print(json.dumps(result, indent=1))

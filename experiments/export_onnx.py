@@ -3,7 +3,7 @@
     python experiments/export_onnx.py runs/demo/student student.onnx
 
 Inputs `input_ids`, `attention_mask` and `token_type_ids` (B,S) int64, any B and S; outputs `last_hidden_state` (B,S,D)
-and, where the checkpoint has a masked-LM head, `logits` (B,S,V). It needs onnx, onnxscript and onnxruntime.
+and, if the checkpoint has a masked-LM head, `logits` (B,S,V). This needs onnx, onnxscript and onnxruntime.
 """
 
 import argparse
@@ -19,15 +19,18 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import model  # noqa: E402
+from model import Bert  # noqa: E402
+from support.checkpoint import load_model  # noqa: E402
+from support.errors import InputError  # noqa: E402
+from support.hub import find_model  # noqa: E402
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 class Standard(nn.Module):
-    """A Bert with the inputs and outputs of the standard library: a mask, and logits at all positions."""
+    """A Bert with the inputs and outputs of `transformers`: a mask, and logits at all positions."""
 
-    def __init__(self, bert: model.Bert):
+    def __init__(self, bert: Bert):
         super().__init__()
         self.bert = bert
 
@@ -49,15 +52,15 @@ def example(vocab_size: int, rows: int, length: int) -> tuple[torch.Tensor, ...]
 
 
 def export(folder: Path, path: Path) -> float:
-    """Write the checkpoint in `folder` to `path`; returns the largest difference of an output in onnxruntime, on a
-    batch of another shape than the exported one. Raises InputError."""
-    bert = Standard(model.load_model(folder)).eval()
+    """Write the checkpoint in `folder` to `path`, and return the largest difference between our outputs and those of
+    onnxruntime, on a batch of another shape than the exported one. Raises InputError."""
+    bert = Standard(load_model(folder)).eval()
     config = bert.bert.config
     names = ["last_hidden_state", "logits"] if bert.bert.cls is not None else ["last_hidden_state"]
     shape = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=config.max_position_embeddings)}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter's own parts
+        warnings.simplefilter("ignore")  # about the exporter's own code
         torch.onnx.export(bert, example(config.vocab_size, 2, 8), path, input_names=INPUTS, output_names=names,
                           dynamo=True, dynamic_shapes=(shape,) * 3, external_data=False, verbose=False)
     inputs = example(config.vocab_size, 3, min(16, config.max_position_embeddings))
@@ -65,8 +68,8 @@ def export(folder: Path, path: Path) -> float:
     theirs = session.run(None, {name: tensor.numpy() for name, tensor in zip(INPUTS, inputs, strict=True)})
     with torch.no_grad():
         ours = bert(*inputs)
-    seen = inputs[1].bool()  # padding computes nothing that counts
-    return max(np.abs(a[seen].numpy() - b[seen.numpy()]).max().item() for a, b in zip(ours, theirs, strict=True))
+    token = inputs[1].bool()  # what is computed at padding does not matter
+    return max(np.abs(a[token].numpy() - b[token.numpy()]).max().item() for a, b in zip(ours, theirs, strict=True))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,11 +78,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("output", type=Path, help="the .onnx file")
     args = parser.parse_args(argv)
     try:
-        difference = export(model.find_model(args.student), args.output)
-    except (model.InputError, OSError) as error:
+        difference = export(find_model(args.student), args.output)
+    except (InputError, OSError) as error:
         print(f"export_onnx.py: error: {error}", file=sys.stderr)
         return 2
-    print(f"{args.output}: largest difference of an output to this program's {difference:.1e}")
+    print(f"{args.output}: largest difference between the outputs {difference:.1e}")
     return int(difference > 1e-3)
 
 

@@ -1,10 +1,9 @@
-"""Which losses matter: all, without one of them, and one alone."""
+"""Which losses matter: all of them, without one of them, and one alone."""
 
 import experiment
-from experiment import plt
 
 ARMS = {
-    "all (published)": {},
+    "all losses": {},
     "without hidden": {"alpha_hidn": 0},
     "without embedding": {"alpha_emb": 0},
     "without attention": {"alpha_attn": 0},
@@ -19,11 +18,13 @@ def measure(args) -> dict:
 
 
 def draw(result: dict):
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained", sharey=True)
-    experiment.bars(left, result["rows"], lambda row: row["kl"][-1], "KL to the teacher at the end, nats")
-    experiment.bars(right, result["rows"], lambda row: row["mlm_loss"][-1], "held-out masked-LM loss at the end")
     seeds = len({row["seed"] for row in result["rows"]})
-    figure.suptitle(f"Bundled teacher 256 -> 128, {experiment.BUDGET}, seeds: {seeds}")
+    figure, axes = experiment.panels(
+        "Without the masked-LM loss the student is closer to its teacher, but a worse language model",
+        f"{experiment.BUDGET}; end of training, mean and standard deviation over {seeds} seeds", 2, 3.6, sharey=True)
+    for axis, key in zip(axes, ("kl", "masked_lm_loss"), strict=True):
+        experiment.plot_dots(axis, result["rows"], lambda row, key=key: row[key][-1], experiment.LABELS[key])
+    axes[0].set_xlim(left=0)
     return figure
 
 

@@ -1,21 +1,28 @@
-"""The discrepancy over training under different schedules (HomoDistil, figure 2), and the classical ways.
+"""Held-out KL to the teacher over training, under different schedules and starting points (HomoDistil, figure 2).
 
-Held-out KL to the teacher: iterative pruning with t_f from 0.3 T to 0.9 T, the cubic against the linear schedule, all
-cut at once at the start, and students that begin at their final width, truncated or random. Same steps, same data.
+Iterative pruning with t_f from 0.3 T to 0.9 T, a linear instead of the cubic schedule, everything pruned at once, and
+students that start at their final shape, truncated or with random weights. Same steps, same data.
 """
 
+import statistics
+
 import experiment
-from experiment import plt
 
 ARMS = {
     "iterative, t_f = 0.3 T": {"prune_end": 0.3},
     "iterative, t_f = 0.5 T": {"prune_end": 0.5},
-    "iterative, t_f = 0.7 T (published)": {},
+    "iterative, t_f = 0.7 T": {},
     "iterative, t_f = 0.9 T": {"prune_end": 0.9},
     "linear, t_f = 0.7 T": {"prune_power": 1},
-    "all at once, T/30": {"prune_start": 1 / 30, "prune_end": 1 / 30},
+    "single prune at T/30": experiment.SINGLE,
     "truncated teacher": {"init": "truncated"},
     "random weights": {"init": "random"},
+}
+DRAWN = {  # arm -> label, and where it stands
+    "iterative, t_f = 0.7 T": ("iterative pruning (steps 0 to 140)", (50, 0.36)),
+    "single prune at T/30": ("single\nprune\n(step 7)", (2, 1.0)),
+    "truncated teacher": ("truncated teacher", (14, 2.03)),
+    "random weights": ("random weights", (100, 2.32)),
 }
 
 
@@ -24,13 +31,17 @@ def measure(args) -> dict:
 
 
 def draw(result: dict):
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained", width_ratios=(3, 2))
-    experiment.plot_curves(left, result["rows"])
-    left.set_ylim(0, 2.5)
-    left.legend(fontsize="small")
-    experiment.bars(right, result["rows"], lambda row: row["kl"][-1], "KL to the teacher at the end, nats")
-    seeds = len({row["seed"] for row in result["rows"]})
-    figure.suptitle(f"Bundled teacher 256 -> 128, {experiment.BUDGET}, seeds: {seeds}")
+    rows = experiment.rows_of(result["rows"])
+    seeds = len(rows["random weights"])
+    figure, axis = experiment.panels(
+        "Pruned gradually, the student stays close to its teacher during training",
+        f"{experiment.BUDGET}; mean and range of {seeds} seeds, evaluated every 25 steps", 1, 4.8)
+    experiment.plot_curves(axis, [row for arm in DRAWN for row in rows[arm]], label_ends=False)
+    for arm, (text, where) in DRAWN.items():
+        axis.text(*where, text, color=experiment.COLOURS.get(arm, experiment.GREY))
+    iterative, single = (statistics.fmean(row["kl"][-1] for row in rows[arm]) for arm in list(DRAWN)[:2])
+    axis.text(200, 0.22, f"at the end: iterative {iterative:.2f}, single prune {single:.2f}", ha="right")
+    axis.set(xlim=(0, 203), ylim=(0, 2.6))
     return figure
 
 

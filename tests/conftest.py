@@ -1,4 +1,4 @@
-"""What several test files share: a small vocabulary, a small text, a small BERT, and a way to expect a refusal."""
+"""Fixtures of several test files: a small vocabulary, a small text, a small BERT, and checks for one-line errors."""
 
 import contextlib
 import os
@@ -16,41 +16,55 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-import data  # noqa: E402
-import model  # noqa: E402
+from model import Bert, BertConfig  # noqa: E402
+from support.checkpoint import SPECIAL_TOKENS, save_model, save_tokenizer, wordpiece_tokenizer  # noqa: E402
+from support.errors import InputError  # noqa: E402
+
+torch.set_num_threads(1)  # the models of the tests are too small for more
 
 WORDS = re.findall(r"\w+", """
 the a of and in is was to for on with as by it that river mountain city old new small large bridge king queen book water
 fire stone tree house road light night day year time people war peace music art ship sea""")
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'\"()-"
-VOCAB = {word: i for i, word in enumerate([*data.SPECIAL, *WORDS, *(c for c in LETTERS if c not in WORDS),
+VOCAB = {word: i for i, word in enumerate([*SPECIAL_TOKENS, *WORDS, *(c for c in LETTERS if c not in WORDS),
                                            *(f"##{c}" for c in LETTERS[:36])])}
 
 
+def pytest_addoption(parser):
+    parser.addoption("--reliability", action="store_true",
+                     help="Run tests/reliability/ too: slow or destructive tests, such as kills and fault injection.")
+
+
+def pytest_ignore_collect(collection_path, config):
+    if collection_path.name == "reliability" and not config.getoption("--reliability"):
+        return True
+    return None  # undecided
+
+
 def sentences(seed: int, count: int) -> list[str]:
-    """Made-up sentences of small words, the same for the same seed."""
+    """Made-up sentences of words in the vocabulary, the same for the same seed."""
     rng = random.Random(seed)
     return [" ".join(rng.choices(WORDS, k=rng.randint(4, 12))).capitalize() + "." for _ in range(count)]
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real text and models beside the project; the test is skipped where there is none."""
+    """A folder of real text and real models beside the project. Tests that need it are skipped if it is missing."""
     folder = ROOT.parent / "shared"
     if not folder.is_dir():
-        pytest.skip("../shared, real text and a real teacher, is not here")
+        pytest.skip("../shared, with real text and a real teacher, does not exist")
     return folder
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
     """An uncased WordPiece tokenizer of about 130 entries."""
-    return data.wordpiece_tokenizer(VOCAB)
+    return wordpiece_tokenizer(VOCAB)
 
 
 @pytest.fixture(scope="session")
 def documents() -> list[str]:
-    """120 documents of a few sentences, each with a number of its own."""
+    """120 documents of a few sentences. Each starts with its number."""
     return [f"day {i}: " + " ".join(sentences(i, 3 + i % 5)) for i in range(120)]
 
 
@@ -64,24 +78,24 @@ def corpus(tmp_path_factory, documents) -> Path:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory, tokenizer) -> Path:
-    """A standard checkpoint folder: a random BERT of 2 layers x 32, with pooler, masked-LM head and tokenizer."""
+    """A standard model folder: a random BERT of 2 layers and hidden size 32, with pooler, masked-LM head, tokenizer."""
     folder = tmp_path_factory.mktemp("checkpoint")
     torch.manual_seed(0)
-    bert = model.Bert(model.BertConfig(
+    bert = Bert(BertConfig(
         vocab_size=len(VOCAB), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
         max_position_embeddings=64, initializer_range=0.2))
-    model.save_model(bert, folder)
-    data.save_tokenizer(tokenizer, folder, 64)
+    save_model(bert, folder)
+    save_tokenizer(tokenizer, folder, 64)
     return folder
 
 
 @pytest.fixture
 def refused():
-    """`with refused("words", ...)`: what is inside raises InputError, one line that holds all these words."""
+    """`with refused("words", ...)`: the block raises InputError with a one-line message that contains all of them."""
 
     @contextlib.contextmanager
     def expect(*words: str):
-        with pytest.raises(model.InputError) as caught:
+        with pytest.raises(InputError) as caught:
             yield caught
         message = str(caught.value)
         assert "\n" not in message and message.strip()
@@ -93,7 +107,8 @@ def refused():
 
 @pytest.fixture
 def python(tmp_path):
-    """Runs code in a Python of its own, at the project's root, with a hub folder and a hub address of its own."""
+    """Runs code in a new Python process, which imports from the project and has a hub cache and a hub address of its
+    own."""
 
     def run(code: str, endpoint: str = "http://127.0.0.1:1") -> subprocess.CompletedProcess:
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGINGFACE_"))}
@@ -105,7 +120,7 @@ def python(tmp_path):
 
 @pytest.fixture
 def hub_snapshot(tmp_path):
-    """Makes an empty snapshot folder of a hub repository in the cache that `python` runs with."""
+    """Creates the empty snapshot folder of a hub repository in the hub cache of `python`."""
 
     def make(kind: str, name: str) -> Path:
         repository = tmp_path / "hub_home" / "hub" / f"{kind}s--{name.replace('/', '--')}"

@@ -1,4 +1,4 @@
-"""Structure table, sensitivity, schedule and cut, against masked models, closed forms and counts by hand."""
+"""Structure table, importance, schedule and pruning, against masked models, closed forms and sums by hand."""
 
 import copy
 import gc
@@ -13,18 +13,20 @@ from hypothesis import strategies as st
 
 import prune
 from distill import Distiller
-from model import Bert, BertConfig, InputError, LayerNorm
-from prune import Widths
+from model import Bert, BertConfig, LayerNorm
+from prune import Shape
+from support.errors import InputError
 
 CONFIG = dict(vocab_size=97, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40,
               max_position_embeddings=16, layer_norm_eps=1e-12)
+BERT_BASE = BertConfig(30522, 768, 12, 12, 3072)
 ALPHAS = dict.fromkeys(("mlm", "pred", "hidn", "emb", "attn"), 1.0)
 IDS = torch.arange(30).reshape(2, 15) * 3 % 97
 POSITIONS = torch.arange(30)
 
 
 def random_bert(**changes) -> Bert:
-    """A BERT in float64 whose every parameter, biases and LayerNorms too, is far from its initial value."""
+    """A BERT in float64 in which every parameter, biases and LayerNorms too, is far from its initial value."""
     torch.manual_seed(1)
     bert = Bert(BertConfig(**CONFIG | changes)).double().eval()
     for p in bert.parameters():
@@ -42,68 +44,74 @@ def assert_same(a: list[torch.Tensor], b: list[torch.Tensor]):
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
 
 
-def cut(bert, keep, **widths):
-    prune.cut(bert, keep, Widths.of(bert.config)._replace(**widths))
+def prune_to(bert: Bert, keep: dict[str, torch.Tensor], **sizes):
+    """Prune to the units `keep`; sizes: the fields of the new Shape that differ from the old one."""
+    prune.prune_units(bert, keep, Shape.of(bert.config)._replace(**sizes))
 
 
-# --------------------------------------------------------------------------------------------- exactness of the cut
+def random_units(model, new_shape: Shape) -> dict[str, torch.Tensor]:
+    """Units to keep, chosen by random importance."""
+    importance = {group: torch.rand(len(indices)) for group, indices in prune.teacher_indices(model).items()}
+    return prune.choose_units(importance, Shape.of(getattr(model, "student", model).config), new_shape)
 
 
-def test_feed_forward_cut_equals_zeroed_neurons():
+# ---- Pruning is exact ----------------------------------------------------------------------------------------
+
+
+def test_pruning_feed_forward_neurons_equals_zeroing_them():
     bert = random_bert()
     masked = copy.deepcopy(bert)
     keep = {f"feed_forward.{i}": torch.randperm(40)[:23].sort().values for i in range(2)}
     for i, layer in enumerate(masked.bert.layers):
-        gone = [j for j in range(40) if j not in keep[f"feed_forward.{i}"]]
-        layer.output.dense.weight.data[:, gone] = 0
-    cut(bert, keep, intermediate=23)
+        pruned = [j for j in range(40) if j not in keep[f"feed_forward.{i}"]]
+        layer.output.dense.weight.data[:, pruned] = 0
+    prune_to(bert, keep, intermediate_size=23)
     assert bert.bert.layers[1].intermediate["dense"].weight.shape == (23, 24)
     assert_same(outputs(bert), outputs(masked))
 
 
-def test_value_output_cut_equals_zeroed_dimensions():
+def test_pruning_value_output_units_equals_zeroing_them():
     bert = random_bert()
     masked = copy.deepcopy(bert)
     keep = {"value_output.0": torch.tensor([0, 2, 7, 9, 12, 17, 18, 23]), "query_key.0": torch.arange(24),
             "value_output.1": torch.tensor([1, 3, 6, 8, 14, 16, 19, 20]), "query_key.1": torch.arange(24)}
     for i, layer in enumerate(masked.bert.layers):
-        gone = [j for j in range(24) if j not in keep[f"value_output.{i}"]]
-        layer.attention["self"].value.weight.data[gone] = 0
-        layer.attention["self"].value.bias.data[gone] = 0
-    cut(bert, keep)
+        pruned = [j for j in range(24) if j not in keep[f"value_output.{i}"]]
+        layer.attention["self"].value.weight.data[pruned] = 0
+        layer.attention["self"].value.bias.data[pruned] = 0
+    prune_to(bert, keep)
     assert bert.bert.layers[0].attention["output"].dense.weight.shape == (24, 8)
     assert_same(outputs(bert), outputs(masked))
 
 
-def test_query_key_cut_equals_zeroed_dimensions_with_the_scores_scaled_as_before():
+def test_pruning_query_key_units_equals_zeroing_them_with_scores_divided_as_before():
     bert = random_bert()
     masked = copy.deepcopy(bert)
     keep = {f"query_key.{i}": torch.tensor([0, 5, 6, 7, 13, 16, 20, 23]) for i in range(2)}
     for layer in masked.bert.layers:
-        gone = [j for j in range(24) if j not in keep["query_key.0"]]
-        layer.attention["self"].query.weight.data[gone] = 0
-        layer.attention["self"].query.bias.data[gone] = 0
-    cut(bert, keep, head_size=2)
+        pruned = [j for j in range(24) if j not in keep["query_key.0"]]
+        layer.attention["self"].query.weight.data[pruned] = 0
+        layer.attention["self"].query.bias.data[pruned] = 0
+    prune_to(bert, keep, head_size=2)
     assert_same(outputs(bert), outputs(masked))
     scores, expected = (m(IDS, want_scores=True).scores for m in (bert, masked))
     assert_same(scores, expected)
 
 
-def test_head_cut_equals_zeroed_heads():
+def test_pruning_heads_equals_zeroing_them():
     bert = random_bert()
     masked = copy.deepcopy(bert)
-    heads = [0, 3]
-    units = torch.tensor([h * 6 + k for h in heads for k in range(6)])
+    units = torch.tensor([h * 6 + k for h in (0, 3) for k in range(6)])
     for layer in masked.bert.layers:
         for h in (1, 2):
             layer.attention["output"].dense.weight.data[:, h * 6 : h * 6 + 6] = 0
-    cut(bert, {f"{kind}.{i}": units for i in range(2) for kind in ("query_key", "value_output")}, heads=2)
+    prune_to(bert, {f"{kind}.{i}": units for i in range(2) for kind in ("query_key", "value_output")}, num_heads=2)
     assert bert.config.attention_head_size == 6
     assert_same(outputs(bert), outputs(masked))
 
 
-def test_hidden_cut_equals_a_model_masked_everywhere(monkeypatch):
-    """The reference keeps every tensor whole; its LayerNorms see, normalise and return the kept dimensions alone."""
+def test_pruning_hidden_units_equals_a_model_that_masks_them_everywhere(monkeypatch):
+    """The reference keeps all tensors whole. Its LayerNorms normalise over the kept units and return zero elsewhere."""
     bert = random_bert()
     masked = copy.deepcopy(bert)
     keep = torch.tensor([1, 2, 3, 5, 8, 11, 13, 17, 20, 21, 22])
@@ -117,35 +125,33 @@ def test_hidden_cut_equals_a_model_masked_everywhere(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(LayerNorm, "forward", masked_layer_norm)
         expected = outputs(masked)
-    cut(bert, {"hidden": keep}, hidden=len(keep))
+    prune_to(bert, {"hidden": keep}, hidden_size=len(keep))
     assert_same(outputs(bert), [expected[0], *(x[..., keep] for x in expected[1:])])
 
 
-def test_all_kinds_of_cuts_together_in_any_order():
+def test_groups_may_be_pruned_together_or_one_by_one_in_any_order():
     bert = random_bert()
-    importance = {u: torch.rand(len(v)) for u, v in prune.new_lineage(bert).items()}
-    new = Widths(12, 17, 3, 4)
-    keep = prune.choose_units(importance, Widths.of(bert.config), new)
+    new_shape = Shape(12, 17, 3, 4)
+    keep = random_units(bert, new_shape)
     other = copy.deepcopy(bert)
-    prune.cut(bert, keep, new)
-    for units in sorted(keep, reverse=True):
-        cut(other, {units: keep[units]})
+    prune.prune_units(bert, keep, new_shape)
+    for group in sorted(keep, reverse=True):
+        prune_to(other, {group: keep[group]})
     for layer, reference in zip(other.bert.layers, bert.bert.layers, strict=True):
-        layer.heads = 3
+        layer.num_heads = 3
         layer.attention["self"].query.weight.data *= (4 / 6) ** 0.5
         layer.attention["self"].query.bias.data *= (4 / 6) ** 0.5
         assert layer.attention["self"].query.weight.shape == reference.attention["self"].query.weight.shape == (12, 12)
     assert_same(outputs(bert), outputs(other))
 
 
-def test_one_known_dimension_hits_the_right_rows():
-    """Heads lie one after the other: unit k of head h is row h*K + k of W_q, W_k, W_v and column h*K + k of W_o."""
+def test_unit_k_of_head_h_is_row_hK_plus_k_of_query_key_and_value_and_that_column_of_the_output():
     bert = random_bert()
     before = {name: p.detach().clone() for name, p in bert.named_parameters()}
     head, unit = 2, 4
     row = head * 6 + unit
     rest = [i for i in range(24) if i != row]
-    prune.cut(bert, {"query_key.1": torch.tensor(rest)}, Widths.of(bert.config))
+    prune_to(bert, {"query_key.1": torch.tensor(rest)})
     after = dict(bert.named_parameters())
     for name, old in before.items():
         if name.startswith("bert.encoder.layer.1.attention.self.") and ("query" in name or "key" in name):
@@ -153,14 +159,14 @@ def test_one_known_dimension_hits_the_right_rows():
         else:
             assert torch.equal(after[name], old), name
     context = torch.zeros(1, 15, 24, dtype=torch.float64)
-    context[..., row] = 1.0  # a value at that place leaves through that column of W_o
+    context[..., row] = 1.0  # a value of this unit leaves through this column of W_o
     dense = bert.bert.layers[1].attention["output"].dense
     column = before["bert.encoder.layer.1.attention.output.dense.weight"][:, row]
     assert torch.equal(dense(context)[0, 0], column + dense.bias)
 
 
-def test_the_heads_are_split_as_in_transformers():
-    """Zeroing the K rows from h*K on silences head h of the standard library's attention, and no other."""
+def test_heads_are_split_as_in_transformers():
+    """Zeroing the K rows from h*K on makes the attention of head h in `transformers` uniform, and of no other head."""
     from transformers import BertConfig as StandardConfig
     from transformers import BertModel
 
@@ -175,36 +181,34 @@ def test_the_heads_are_split_as_in_transformers():
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 24), st.integers(1, 40), st.integers(1, 4), st.integers(1, 6), st.booleans(), st.booleans())
-def test_after_any_cut_every_tensor_has_the_shape_of_a_model_born_so(hidden, intermediate, heads, size, pooler, head):
-    new = Widths(hidden, intermediate, heads, size)
+def test_a_pruned_model_has_the_tensor_shapes_of_a_new_model_of_that_shape(hidden, intermediate, heads, size, pooler,
+                                                                             head):
     distiller = Distiller(Bert(BertConfig(**CONFIG), pooler, head), ALPHAS)
-    importance = {u: torch.rand(len(v)) for u, v in prune.new_lineage(distiller).items()}
-    lineage = prune.new_lineage(distiller)
-    keep = prune.choose_units(importance, Widths.of(distiller.student.config), new)
-    prune.cut(distiller, keep, new, None, (lineage,))
+    lineage, new_shape = prune.teacher_indices(distiller), Shape(hidden, intermediate, heads, size)
+    prune.prune_units(distiller, random_units(distiller, new_shape), new_shape, None, (lineage,))
     narrow = dict(hidden_size=hidden, intermediate_size=intermediate, num_attention_heads=heads,
                   attention_head_size=size)
-    born = Bert(BertConfig(**CONFIG | narrow), pooler, head)
-    assert distiller.student.config == born.config
-    shapes = [{n: p.shape for n, p in bert.named_parameters()} for bert in (distiller.student, born)]
+    new = Bert(BertConfig(**CONFIG | narrow), pooler, head)
+    assert distiller.student.config == new.config
+    shapes = [{name: p.shape for name, p in bert.named_parameters()} for bert in (distiller.student, new)]
     assert shapes[0] == shapes[1]
     assert distiller.hidden_projection.weight.shape == distiller.embedding_projection.weight.shape == (24, hidden)
     sizes = {"hidden": hidden, "feed_forward": intermediate, "query_key": heads * size, "value_output": heads * size}
-    assert {u: len(v) for u, v in lineage.items()} == {u: sizes[u.split(".")[0]] for u in lineage}
-    assert all((v.diff() > 0).all() for v in lineage.values())
+    assert {group: len(v) for group, v in lineage.items()} == {group: sizes[group.split(".")[0]] for group in lineage}
+    assert all((indices.diff() > 0).all() for indices in lineage.values())
 
 
-# ------------------------------------------------------------------------------------------------------ importance
+# ---- Importance ----------------------------------------------------------------------------------------------
 
 
-def test_every_parameter_but_the_decoder_bias_is_in_the_table():
+def test_the_structure_table_has_every_parameter_but_the_decoder_bias():
     distiller = Distiller(random_bert(), ALPHAS)
     names = {name for name, _ in distiller.named_parameters()}
     assert names - set(prune.tensor_axes(distiller)) == {"student.cls.predictions.bias"}
 
 
-def test_sensitivity_by_hand_absolute_value_before_the_sum():
-    """Neuron 0 has weights whose products with the gradients are +3 and -3: they cancel if summed first."""
+def test_sensitivity_takes_the_absolute_value_of_every_weight_before_the_sum():
+    """By hand: neuron 0 has two weights of sensitivity +3 and -3 before the absolute value."""
     bert = random_bert(num_hidden_layers=1)
     for p in bert.parameters():
         p.grad = torch.zeros_like(p)
@@ -217,36 +221,30 @@ def test_sensitivity_by_hand_absolute_value_before_the_sum():
     average: dict[str, torch.Tensor] = {}
     prune.accumulate_sensitivity(average, bert, 0.5)
     assert average["feed_forward.0"][:3].tolist() == [6.5, 2 + 3.0, 0.0]
-    assert average["hidden"][:4].tolist() == [3 + 1.0, 3 + 1.0, 0.0, 3.0]  # columns of FFN-in, row of FFN-out
+    assert average["hidden"][:4].tolist() == [3 + 1.0, 3 + 1.0, 0.0, 3.0]  # its columns of W_1, its row of W_2
     for p in bert.parameters():
         p.grad *= 2
     prune.accumulate_sensitivity(average, bert, 0.75)
     assert average["feed_forward.0"][:2].tolist() == [0.75 * 6.5 + 0.25 * 13, 0.75 * 5 + 0.25 * 10]
 
 
-def test_sensitivity_counts_the_tied_decoder_once_with_both_of_its_gradients():
+def test_sensitivity_of_the_tied_decoder_counts_once_with_the_gradients_of_both_uses():
     bert = random_bert()
-    logits = bert(IDS, POSITIONS).logits
-    logits.square().mean().backward()
+    bert(IDS, POSITIONS).logits.square().mean().backward()
     average: dict[str, torch.Tensor] = {}
     prune.accumulate_sensitivity(average, bert, 0.0)
-    total = sum((p * p.grad).abs().sum(1 - dim if p.dim() == 2 else ()) if p.dim() == 2 else (p * p.grad).abs()
-                for name, axes in prune.tensor_axes(bert).items() for dim, units in axes.items() if units == "hidden"
-                for p in [bert.get_parameter(name)] if p.grad is not None)
-    torch.testing.assert_close(average["hidden"], total)
-    word = bert.bert.embeddings.word_embeddings.weight
-    assert word.grad[1].abs().sum() > 0  # token 1 is not in the input: this is the decoder's part
-
-
-def test_heads_are_ranked_by_both_sets_and_units_within_their_head():
-    now, new = Widths(24, 40, 4, 6), Widths(24, 40, 2, 2)
-    qk, vo = torch.zeros(4, 6), torch.zeros(4, 6)
-    qk[1, [5, 2]], vo[1, [0, 3]] = 1.0, 2.0  # head 1: 6 in all
-    qk[3, [1, 4]], vo[3, [4, 1]] = 2.0, 0.5  # head 3: 5
-    qk[0, :] = 0.5  # head 0: 3
-    keep = prune.choose_units({"query_key.0": qk.flatten(), "value_output.0": vo.flatten()}, now, new)
-    assert keep["query_key.0"].tolist() == [8, 11, 19, 22]
-    assert keep["value_output.0"].tolist() == [6, 9, 19, 22]
+    expected = 0.0
+    for name, axes in prune.tensor_axes(bert).items():
+        p = bert.get_parameter(name)
+        if p.grad is None:
+            continue
+        for dimension, group in axes.items():
+            if group == "hidden":
+                values = (p * p.grad).abs()
+                expected = expected + (values.sum(1 - dimension) if values.dim() == 2 else values)
+    torch.testing.assert_close(average["hidden"], expected)
+    words = bert.bert.embeddings.word_embeddings.weight
+    assert words.grad[1].abs().sum() > 0  # token 1 is not in the input, so this gradient comes from the decoder
 
 
 def test_importance_by_magnitude_and_at_random():
@@ -260,214 +258,180 @@ def test_importance_by_magnitude_and_at_random():
     assert set(magnitude) == {"hidden", "feed_forward.0", "query_key.0", "value_output.0"}
 
 
-# ------------------------------------------------------------------------------------------------ widths, schedule
+def test_heads_are_ranked_by_both_groups_and_units_within_their_head():
+    shape, new_shape = Shape(24, 40, 4, 6), Shape(24, 40, 2, 2)
+    qk, vo = torch.zeros(4, 6), torch.zeros(4, 6)
+    qk[1, [5, 2]], vo[1, [0, 3]] = 1.0, 2.0  # head 1: 6 in all
+    qk[3, [1, 4]], vo[3, [4, 1]] = 2.0, 0.5  # head 3: 5
+    qk[0, :] = 0.5  # head 0: 3
+    keep = prune.choose_units({"query_key.0": qk.flatten(), "value_output.0": vo.flatten()}, shape, new_shape)
+    assert keep["query_key.0"].tolist() == [8, 11, 19, 22]
+    assert keep["value_output.0"].tolist() == [6, 9, 19, 22]
+
+
+def test_the_most_important_units_are_kept_in_ascending_order_and_whole_groups_are_absent():
+    importance = {"hidden": torch.tensor([3.0, 1.0, 5.0, 4.0]), "feed_forward.0": torch.arange(8.0)}
+    keep = prune.choose_units(importance, Shape(4, 8, 2, 2), Shape(3, 8, 2, 2))
+    assert {group: kept.tolist() for group, kept in keep.items()} == {"hidden": [0, 2, 3]}
+
+
+# ---- Target shape and schedule -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("width, heads, size", [(384, 12, 32), (576, 12, 48), (240, 12, 20), (256, 8, 32), (224, 8, 28),
                                                 (312, 12, 26)])
-def test_head_counts_of_bert_base(width, heads, size):
-    config = BertConfig(30522, 768, 12, 12, 3072)
-    assert prune.target_widths(config, width) == Widths(width, 4 * width, heads, size)
+def test_default_shape_of_students_of_bert_base(width, heads, size):
+    assert prune.target_shape(BERT_BASE, width) == Shape(width, 4 * width, heads, size)
+
+
+def test_given_heads_and_intermediate_size_are_taken():
+    assert prune.target_shape(BERT_BASE, 192, 1000, 3) == Shape(192, 1000, 3, 64)
 
 
 @pytest.mark.parametrize("hidden, intermediate, heads, words", [
     (768, None, None, "below the teacher's 768"), (0, None, None, "from 1 to 767"), (-3, None, None, "from 1 to"),
-    (254, None, None, "take width 252 or 253"), (383, None, None, "take width 384 or 385"),
-    (384, 3073, None, "teacher's 3072"),
-    (384, -5, None, "teacher's 3072"), (384, None, 7, "do not divide"), (384, None, 13, "from 1 to the teacher's 12"),
-    (384, None, 0, "from 1 to"), (384, None, 4, "at most 64"), (760, None, None, "take width 744 or 756")])
-def test_widths_that_cannot_be(hidden, intermediate, heads, words):
-    with pytest.raises(InputError, match=words) as error:
-        prune.target_widths(BertConfig(30522, 768, 12, 12, 3072), hidden, intermediate, heads)
-    assert "\n" not in str(error.value)
+    (254, None, None, "use width 252 or 253"), (383, None, None, "use width 384 or 385"),
+    (760, None, None, "use width 744 or 756"), (384, 3073, None, "teacher's 3072"), (384, -5, None, "teacher's 3072"),
+    (384, None, 7, "do not divide"), (384, None, 13, "from 1 to the teacher's 12"), (384, None, 0, "from 1 to"),
+    (384, None, 4, "at most 64")])
+def test_impossible_target_shapes_are_refused(refused, hidden, intermediate, heads, words):
+    with refused(words):
+        prune.target_shape(BERT_BASE, hidden, intermediate, heads)
 
 
-@given(st.integers(1, 767))
-def test_the_widths_that_are_named_instead_are_the_nearest_two_that_work(width):
-    config = BertConfig(30522, 768, 12, 12, 3072)
-    usable = [w for w in range(1, 768) if any(w % h == 0 and w // h <= 64 for h in range(6, 13))]
-    if width in usable:
-        assert prune.target_widths(config, width).hidden == width
-        return
-    with pytest.raises(InputError) as error:
-        prune.target_widths(config, width)
-    named = [int(w) for w in re.search(r"take width (\d+) or (\d+),", str(error.value)).groups()]
-    assert len(set(named)) == 2 and set(named) <= set(usable)
-    assert not [w for w in usable if w not in named and abs(w - width) < max(abs(n - width) for n in named)]
-
-
-def test_named_heads_and_feed_forward_width_are_taken():
-    config = BertConfig(30522, 768, 12, 12, 3072)
-    assert prune.target_widths(config, 192, 1000, 3) == Widths(192, 1000, 3, 64)
+def test_a_refused_width_names_the_two_nearest_possible_widths():
+    """Every width below that of BERT-base, against the definition: 6 to 12 equal heads of at most 64 dimensions."""
+    possible = [w for w in range(1, 768) if any(w % h == 0 and w // h <= 64 for h in range(6, 13))]
+    for width in range(1, 768):
+        if width in possible:
+            assert prune.target_shape(BERT_BASE, width).hidden_size == width
+            continue
+        with pytest.raises(InputError) as error:
+            prune.target_shape(BERT_BASE, width)
+        named = [int(w) for w in re.search(r"use width (\d+) or (\d+),", str(error.value)).groups()]
+        assert len(set(named)) == 2 and set(named) <= set(possible)
+        farther = max(abs(n - width) for n in named)
+        assert not [w for w in possible if w not in named and abs(w - width) < farther], width
 
 
 @given(st.integers(0, 1000), st.floats(0, 1), st.floats(0, 1))
-def test_schedule_is_the_closed_form(step, a, b):
-    """r(t) of METHOD's item 8, before rounding to grains, with t_i, t_f any two fractions of 1,000 steps."""
+def test_the_schedule_is_the_closed_form_rounded_to_the_granularity(step, a, b):
+    """r(t) = r_f + (1 - r_f) (1 - (t - t_i) / (t_f - t_i))^3, for any t_i <= t_f of a run of 1,000 steps."""
     start, end = sorted((1000 * a, 1000 * b))
-    first, last = Widths(768, 3072, 12, 64), Widths(384, 1536, 12, 32)
-    if step < start:
-        r = 1.0
-    elif step >= end:
+    if step >= end:
         r = 0.5
+    elif step < start:
+        r = 1.0
     else:
         r = 0.5 + 0.5 * (1 - (step - start) / (end - start)) ** 3
-    if step == start == end:
-        r = 0.5
-    widths = prune.scheduled_widths(step, start, end, first, last, 8)
-    assert abs(r * 768 - widths.hidden) <= 4 + 1e-6
-    assert abs(r * 3072 - widths.intermediate) <= 16 + 1e-6
-    assert abs(r * 64 - widths.head_size) <= 1 + 1e-6
-    assert widths.hidden % 8 == 0 and widths.intermediate % 32 == 0 and widths.head_size % 2 == 0
+    shape = prune.scheduled_shape(step, start, end, Shape(768, 3072, 12, 64), Shape(384, 1536, 12, 32), 8)
+    assert abs(r * 768 - shape.hidden_size) <= 4 + 1e-6
+    assert abs(r * 3072 - shape.intermediate_size) <= 16 + 1e-6
+    assert abs(r * 64 - shape.head_size) <= 1 + 1e-6
+    assert shape.hidden_size % 8 == 0 and shape.intermediate_size % 32 == 0 and shape.head_size % 2 == 0
 
 
 @settings(max_examples=50)
 @given(st.integers(1, 95), st.integers(1, 400), st.integers(1, 6), st.integers(1, 40), st.integers(1, 60))
-def test_path_is_monotone_and_ends_exactly_as_asked(hidden, intermediate, heads, granularity, steps):
-    first = Widths(96, 400, 6, 16)
-    last = Widths(hidden, intermediate, heads, max(1, min(16, hidden // heads)))
-    path = [prune.scheduled_widths(t, 0.1 * steps, 0.7 * steps, first, last, granularity) for t in range(steps + 1)]
-    assert path[0] == first and path[-1] == last
-    for before, after in zip(path, path[1:], strict=False):
+def test_the_schedule_never_grows_and_ends_exactly_at_the_target(hidden, intermediate, heads, granularity, steps):
+    teacher = Shape(96, 400, 6, 16)
+    target = Shape(hidden, intermediate, heads, max(1, min(16, hidden // heads)))
+    shapes = [prune.scheduled_shape(t, 0.1 * steps, 0.7 * steps, teacher, target, granularity)
+              for t in range(steps + 1)]
+    assert shapes[0] == teacher and shapes[-1] == target
+    for before, after in zip(shapes, shapes[1:], strict=False):
         assert all(b >= a for b, a in zip(before, after, strict=True))
 
 
-def test_whole_heads_go_first():
-    first, last = Widths(768, 3072, 12, 64), Widths(256, 1024, 8, 32)
-    path = [prune.scheduled_widths(t, 0, 700, first, last, 8) for t in range(1000)]
-    assert all(w.head_size == 64 or w.heads == 8 for w in path)
-    assert {w.heads for w in path} == {12, 11, 10, 9, 8}
+def test_the_schedule_prunes_whole_heads_first():
+    teacher, target = Shape(768, 3072, 12, 64), Shape(256, 1024, 8, 32)
+    shapes = [prune.scheduled_shape(t, 0, 700, teacher, target, 8) for t in range(1000)]
+    assert all(shape.head_size == 64 or shape.num_heads == 8 for shape in shapes)
+    assert {shape.num_heads for shape in shapes} == {12, 11, 10, 9, 8}
 
 
 def test_the_power_of_the_schedule():
-    first, last = Widths(100, 400, 4, 25), Widths(20, 80, 4, 5)
+    teacher, target = Shape(100, 400, 4, 25), Shape(20, 80, 4, 5)
     for power in (1, 2, 3):
-        hidden = prune.scheduled_widths(25, 0, 100, first, last, 1, power).hidden
-        assert hidden == round(20 + 80 * 0.75**power)
+        hidden_size = prune.scheduled_shape(25, 0, 100, teacher, target, 1, power).hidden_size
+        assert hidden_size == round(20 + 80 * 0.75**power)
 
 
-CONFIG_768 = BertConfig(vocab_size=100, hidden_size=768, num_hidden_layers=2, num_attention_heads=12,
-                        intermediate_size=3072)
-
-
-def test_the_path_passes_through_every_snapshot():
-    """Each of them is held for a step at least, nothing ever grows, and the end stays the same."""
-    first, last = Widths.of(CONFIG_768), Widths(384, 1536, 8, 48)
-    shapes = [prune.snapshot_widths(hidden, CONFIG_768, last) for hidden in (576, 512)]
-    assert shapes == [Widths(576, 2304, 9, 64), Widths(512, 2048, 8, 64)]
-    for steps in (7, 40, 1000):
-        now, path = first, []
-        for step in range(steps):
-            now = prune.next_widths(now, prune.scheduled_widths(step, 0, 0.7 * steps, first, last, 8), shapes)
-            path.append(now)
-        assert set(shapes) <= set(path) and path[-1] == last
-        for before, after in zip(path, path[1:], strict=False):
-            assert all(b >= a for b, a in zip(before, after, strict=True))
-    assert prune.next_widths(first, last, shapes) == shapes[0]  # all at once: a step for each
-    assert prune.next_widths(shapes[0], last, shapes) == shapes[1]
-    assert prune.next_widths(shapes[1], last, shapes) == last
-
-
-def test_the_number_of_heads_lets_every_snapshot_pass():
-    """384 has 12 heads by itself; 512 is on the way to 8 of them. The target among the snapshots is the student."""
-    last, shapes = prune.family_widths(CONFIG_768, 384, None, None, [576, 512, 384])
-    assert last == Widths(384, 1536, 8, 48) and shapes == [Widths(576, 2304, 9, 64), Widths(512, 2048, 8, 64)]
-    assert prune.family_widths(CONFIG_768, 384, None, None, [576]) == (Widths(384, 1536, 12, 32), [
-        Widths(576, 2304, 12, 48)])
-    assert prune.family_widths(CONFIG_768, 384, None, None, []) == (Widths(384, 1536, 12, 32), [])
-
-
-def test_snapshots_that_no_number_of_heads_fits(refused):
-    with refused("--snapshots 577: no head count"):
-        prune.family_widths(CONFIG_768, 384, None, None, [577])
-    with refused("--snapshots 512: no head count from 12 to 12"):
-        prune.family_widths(CONFIG_768, 384, None, 12, [512])
-
-
-@pytest.mark.parametrize("hidden, heads, message", [
-    (384, 12, "not between"), (768, 12, "not between"), (512, 12, "no head count from 12 to 12")])
-def test_snapshots_that_are_not_on_the_way(hidden, heads, message, refused):
-    last = prune.target_widths(CONFIG_768, 384, heads=heads)
-    with refused(message):
-        prune.snapshot_widths(hidden, CONFIG_768, last)
-
-
-# ------------------------------------------------------------------------------------- the optimizer across a cut
+# ---- Optimizer, gradients and memory across a prune ----------------------------------------------------------
 
 
 def train_step(bert, optimizer, seed=0):
     torch.manual_seed(seed)
-    target = torch.randint(97, (30,))
-    F.cross_entropy(bert(IDS, POSITIONS).logits, target).backward()
+    F.cross_entropy(bert(IDS, POSITIONS).logits, torch.randint(97, (30,))).backward()
     optimizer.step()
     optimizer.zero_grad()
 
 
-def trained(cut_to: Widths):
+def trained(new_shape: Shape):
+    """A BERT after three steps of AdamW, its optimizer, and units to keep for `new_shape`."""
     bert = random_bert()
     bert.bert.pooler.requires_grad_(False)
     optimizer = torch.optim.AdamW([p for p in bert.parameters() if p.requires_grad], lr=1e-2, eps=1e-6)
     for seed in range(3):
         train_step(bert, optimizer, seed)
-    importance = {u: torch.rand(len(v)) for u, v in prune.new_lineage(bert).items()}
-    return bert, optimizer, prune.choose_units(importance, Widths.of(bert.config), cut_to)
+    return bert, optimizer, random_units(bert, new_shape)
 
 
-def test_moments_are_the_surviving_rows_and_the_next_step_is_that_of_an_optimizer_born_narrow():
-    new = Widths(12, 17, 3, 4)
-    bert, optimizer, keep = trained(new)
-    names = {p: n for n, p in bert.named_parameters()}
-    before = {names[p]: {k: v.clone() for k, v in s.items()} for p, s in optimizer.state.items()}
+def test_moments_are_sliced_like_their_weights_and_training_continues_as_with_a_new_narrow_model():
+    new_shape = Shape(12, 17, 3, 4)
+    bert, optimizer, keep = trained(new_shape)
+    names = {p: name for name, p in bert.named_parameters()}
+    before = {names[p]: {k: v.clone() for k, v in state.items()} for p, state in optimizer.state.items()}
     axes = prune.tensor_axes(bert)
-    prune.cut(bert, keep, new, optimizer)
+    prune.prune_units(bert, keep, new_shape, optimizer)
 
-    born = Bert(copy.deepcopy(bert.config)).double().eval()
-    born.load_state_dict(bert.state_dict())
-    fresh = torch.optim.AdamW([p for n, p in born.named_parameters() if "pooler" not in n], lr=1e-2, eps=1e-6)
-    assert {n for p, n in ((p, n) for n, p in bert.named_parameters()) if p in optimizer.state} == set(before)
+    new = Bert(copy.deepcopy(bert.config)).double().eval()
+    new.load_state_dict(bert.state_dict())
+    new_optimizer = torch.optim.AdamW([p for n, p in new.named_parameters() if "pooler" not in n], lr=1e-2, eps=1e-6)
+    assert {name for name, p in bert.named_parameters() if p in optimizer.state} == set(before)
     for name, state in before.items():
         parameter = bert.get_parameter(name)
         for moment in ("exp_avg", "exp_avg_sq"):
             expected = state[moment]
-            for dimension, units in axes.get(name, {}).items():
-                expected = expected.index_select(dimension, keep[units])
+            for dimension, group in axes.get(name, {}).items():
+                expected = expected.index_select(dimension, keep[group])
             assert torch.equal(optimizer.state[parameter][moment], expected), (name, moment)
-        fresh.state[born.get_parameter(name)] = {k: v.clone() for k, v in optimizer.state[parameter].items()}
+        new_optimizer.state[new.get_parameter(name)] = {k: v.clone() for k, v in optimizer.state[parameter].items()}
     for seed in (7, 8):
         train_step(bert, optimizer, seed)
-        train_step(born, fresh, seed)
-    for name, p in born.named_parameters():
+        train_step(new, new_optimizer, seed)
+    for name, p in new.named_parameters():
         assert torch.equal(p, bert.get_parameter(name)), name
 
 
-def test_nothing_refers_to_a_full_size_tensor_after_a_cut():
-    new = Widths(12, 17, 3, 4)
-    bert, optimizer, keep = trained(new)
-    cut_names = set(prune.tensor_axes(bert))
-    old = [weakref.ref(p) for n, p in bert.named_parameters() if n in cut_names]
-    old += [weakref.ref(v) for s in optimizer.state.values() for v in s.values() if v.dim() == 2]
-    prune.cut(bert, keep, new, optimizer)
+def test_nothing_refers_to_a_full_size_tensor_after_a_prune():
+    new_shape = Shape(12, 17, 3, 4)
+    bert, optimizer, keep = trained(new_shape)
+    pruned = set(prune.tensor_axes(bert))
+    old = [weakref.ref(p) for name, p in bert.named_parameters() if name in pruned]
+    old += [weakref.ref(v) for state in optimizer.state.values() for v in state.values() if v.dim() == 2]
+    prune.prune_units(bert, keep, new_shape, optimizer)
     gc.collect()
-    assert len(old) > len(cut_names) and not [r for r in old if r() is not None]
-    held = {id(p) for g in optimizer.param_groups for p in g["params"]}
-    assert held == {id(p) for n, p in bert.named_parameters() if "pooler" not in n}
+    assert len(old) > len(pruned) and not [reference for reference in old if reference() is not None]
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for name, p in bert.named_parameters() if "pooler" not in name}
     assert {id(p) for p in optimizer.state} == held
 
 
-def test_a_loss_kept_over_a_cut_does_no_harm():
-    """autograd remembers a parameter's shape while a graph that used it lives."""
-    new = Widths(12, 17, 3, 4)
-    bert, optimizer, keep = trained(new)
-    kept = bert(IDS, POSITIONS).logits.sum()
-    prune.cut(bert, keep, new, optimizer)
+def test_a_loss_that_is_kept_over_a_prune_does_not_break_the_next_step():
+    """autograd remembers the shape of a parameter for as long as a graph that used it lives."""
+    new_shape = Shape(12, 17, 3, 4)
+    bert, optimizer, keep = trained(new_shape)
+    loss = bert(IDS, POSITIONS).logits.sum()
+    prune.prune_units(bert, keep, new_shape, optimizer)
     train_step(bert, optimizer)
-    assert kept.grad_fn is not None and bert.bert.embeddings.word_embeddings.weight.shape == (97, 12)
+    assert loss.grad_fn is not None and bert.bert.embeddings.word_embeddings.weight.shape == (97, 12)
 
 
-def test_gradients_are_cut_like_their_parameters():
+def test_gradients_are_pruned_like_their_parameters():
     bert = random_bert()
     bert(IDS, POSITIONS).logits.square().mean().backward()
     before = bert.bert.embeddings.word_embeddings.weight.grad
     keep = torch.tensor([0, 4, 5, 9])
-    cut(bert, {"hidden": keep}, hidden=4)
+    prune_to(bert, {"hidden": keep}, hidden_size=4)
     assert torch.equal(bert.bert.embeddings.word_embeddings.weight.grad, before[:, keep])

@@ -1,0 +1,188 @@
+"""Model folders in the standard format of `transformers`: config.json, weights and tokenizer, in and out."""
+
+import dataclasses
+import json
+import pickle
+import re
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import WordPiece
+
+from model import ACTIVATIONS, Bert, BertConfig
+from support.errors import InputError, one_line
+from support.files import read_json
+from support.hub import WEIGHT_FILES
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+# ---- config.json and weights ---------------------------------------------------------------------------------
+
+
+def load_config(folder: Path) -> BertConfig:
+    """Read `folder/config.json`. Raises InputError for anything but a BERT that model.py can compute."""
+    path = Path(folder) / "config.json"
+    raw = read_json(path)
+    for key, expected in (("model_type", "bert"), ("position_embedding_type", "absolute"), ("is_decoder", False),
+                          ("tie_word_embeddings", True)):
+        if raw.get(key) not in (None, expected):
+            raise InputError(f"{path}: {key} is {raw[key]!r}; only {expected!r} is supported")
+    values = {}
+    for field in dataclasses.fields(BertConfig):
+        name, value = field.name, raw.get(field.name)
+        if value is None:
+            value = field.default
+        if value is dataclasses.MISSING:
+            raise InputError(f"{path}: {name} is missing; this is not the config.json of a BERT")
+        least = 0 if name in ("attention_head_size", "pad_token_id") else 1
+        most = 1000 if name == "num_hidden_layers" else 10**6  # beyond any BERT: a damaged file must not hang us
+        if field.type is int and not (type(value) is int and least <= value <= most):
+            raise InputError(f"{path}: {name} is {value!r}; it must be a whole number from {least} to {most}")
+        if field.type is float and not (type(value) in (int, float) and 0 <= value < 1):
+            raise InputError(f"{path}: {name} is {value!r}; it must be a number from 0 to below 1")
+        if field.type is str and value not in list(ACTIVATIONS):
+            raise InputError(f"{path}: {name} {value!r} is unknown; known are {', '.join(ACTIVATIONS)}")
+        values[name] = field.type(value)
+    if not values["attention_head_size"] and values["hidden_size"] % values["num_attention_heads"]:
+        raise InputError(f"{path}: hidden_size is not a multiple of num_attention_heads")
+    return BertConfig(**values)
+
+
+def save_config(config: BertConfig, folder: Path, architecture: str):
+    """Write `folder/config.json` in the standard form."""
+    raw = {"architectures": [architecture], "model_type": "bert", "position_embedding_type": "absolute"}
+    raw |= dataclasses.asdict(config) | {"dtype": "float32"}
+    if config.inner_size == config.hidden_size:
+        del raw["attention_head_size"]
+    (Path(folder) / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint in float32, from the first of WEIGHT_FILES that exists. Raises InputError.
+
+    Torch files are opened with `weights_only=True`, which never runs code.
+    """
+    path = next((Path(folder) / name for name in WEIGHT_FILES if (Path(folder) / name).is_file()), None)
+    if path is None:
+        raise InputError(f"{folder} contains no {' and no '.join(WEIGHT_FILES)}")
+    try:
+        if path.suffix == ".safetensors":
+            tensors = safetensors.torch.load_file(path)
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: tensor.float() for name, tensor in tensors.items()}
+    except pickle.UnpicklingError:  # torch's own message explains how to run the code anyway
+        raise InputError(f"{path} is damaged, or contains code beside tensors, and was not opened") from None
+    except Exception as error:  # anything from SafetensorError to UnicodeDecodeError
+        raise InputError(f"{path} is damaged or not a checkpoint: {one_line(error)}") from None
+
+
+def standard_name(name: str) -> str:
+    """The current name of a tensor from any generation of BERT checkpoints."""
+    name = str(name).replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+    return name if name.startswith(("bert.", "cls.")) else f"bert.{name}"
+
+
+def load_model(folder: Path) -> Bert:
+    """Load a BERT, with pooler and masked-LM head if the checkpoint has them.
+
+    Raises InputError, naming the tensors that are missing, unexpected or of the wrong shape.
+    """
+    config = load_config(folder)
+    tensors = {standard_name(name): tensor for name, tensor in read_tensors(folder).items()}
+    ignored = r"bert\.embeddings\.position_ids|cls\.seq_relationship\..*"  # not weights of this model
+    tensors = {name: tensor for name, tensor in tensors.items() if not re.fullmatch(ignored, name)}
+    bias, decoder = (tensors.pop(f"cls.predictions.decoder.{kind}", None) for kind in ("bias", "weight"))
+    if bias is not None:
+        tensors.setdefault("cls.predictions.bias", bias)
+    if decoder is not None and not torch.equal(decoder, tensors.get("bert.embeddings.word_embeddings.weight", decoder)):
+        raise InputError(f"{folder}: cls.predictions.decoder.weight differs from the word embeddings; tie it to them")
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise InputError(f"{folder} is damaged: not all numbers are finite in {', '.join(broken[:8])}")
+    with torch.device("meta"):  # takes no time: every tensor is assigned below
+        model = Bert(config, pooler="bert.pooler.dense.weight" in tensors,
+                     head=any(name.startswith("cls.predictions.") for name in tensors))
+    expected = model.state_dict()
+    problems = [f"{name} is missing" for name in expected if name not in tensors]
+    problems += [f"{name} is unexpected" for name in tensors if name not in expected]
+    problems += [f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(expected[name].shape)}"
+                 for name in expected if name in tensors and tensors[name].shape != expected[name].shape]
+    if problems:
+        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise InputError(f"{folder} does not fit its config.json: {'; '.join(problems[:8])}{more}")
+    model.load_state_dict(tensors, assign=True)
+    return model.requires_grad_(True)
+
+
+def save_model(model: Bert, folder: Path):
+    """Write config.json and model.safetensors (float32) with the standard names into an existing folder."""
+    save_config(model.config, folder, "BertModel" if model.cls is None else "BertForMaskedLM")
+    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    (Path(folder) / "model.safetensors").write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))
+
+
+# ---- Tokenizer -----------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
+    """The WordPiece tokenizer in `folder`, from tokenizer.json or from vocab.txt. Raises InputError."""
+    path, vocab, config = (Path(folder) / name for name in ("tokenizer.json", "vocab.txt", "tokenizer_config.json"))
+    if not path.is_file():
+        path = vocab
+    if not path.is_file():
+        raise InputError(f"{folder} contains neither tokenizer.json nor vocab.txt")
+    settings = read_json(config) if config.is_file() else {}
+    try:
+        if path != vocab:
+            tokenizer = Tokenizer.from_file(str(path))
+        else:
+            # Not splitlines(), which also splits at U+2028, an entry of some vocabularies
+            words = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+            tokenizer = wordpiece_tokenizer(
+                {word: i for i, word in enumerate(words)}, settings.get("do_lower_case", True),
+                settings.get("strip_accents"), settings.get("tokenize_chinese_chars", True))
+    except Exception as error:  # tokenizers raises a bare Exception for a damaged file
+        raise InputError(f"{path} is damaged or not a tokenizer: {one_line(error)}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    missing = [token for token in SPECIAL_TOKENS if tokenizer.token_to_id(token) is None]
+    if missing:
+        raise InputError(f"{path}: {', '.join(missing)} not in the vocabulary; a BERT tokenizer has them")
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= vocab_size:
+        raise InputError(f"{path}: token id {largest} is outside the model's vocabulary of {vocab_size}; "
+                         "tokenizer and weights do not belong together")
+    return tokenizer
+
+
+def wordpiece_tokenizer(vocab: dict[str, int], lowercase=True, strip_accents=None, split_chinese=True) -> Tokenizer:
+    """BERT's tokenizer for a vocabulary: clean text, split at spaces and punctuation, longest pieces first."""
+    tokenizer = Tokenizer(WordPiece(vocab, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(True, split_chinese, strip_accents, lowercase)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.add_special_tokens([token for token in SPECIAL_TOKENS if token in vocab])
+    if "[CLS]" in vocab and "[SEP]" in vocab:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+            special_tokens=[(token, vocab[token]) for token in ("[CLS]", "[SEP]")])
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int):
+    """Write tokenizer.json, tokenizer_config.json and vocab.txt as the AutoTokenizer of `transformers` expects them."""
+    folder = Path(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    (folder / "vocab.txt").write_text("".join(f"{word}\n" for word, _ in vocab), encoding="utf-8")
+    names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length}
+    settings |= dict(zip(names, SPECIAL_TOKENS, strict=True))
+    rules = tokenizer.normalizer
+    if isinstance(rules, normalizers.BertNormalizer):  # transformers rebuilds it from these, not from tokenizer.json
+        settings |= {"tokenizer_class": "BertTokenizer", "do_lower_case": rules.lowercase,
+                     "strip_accents": rules.strip_accents, "tokenize_chinese_chars": rules.handle_chinese_chars}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")

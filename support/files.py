@@ -1,0 +1,74 @@
+"""Files that are written atomically, locks, and hashes."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from support.errors import InputError, one_line
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in `path`. Raises InputError if there is none."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read as JSON: {one_line(error)}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} does not contain a JSON object")
+    return value
+
+
+def fsync(path: Path):
+    """Wait until a file or a folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def atomic_rename(work: Path, folder: Path):
+    """Give the finished folder `work` its name. After a power failure it exists completely or not at all."""
+    for path in (*work.iterdir(), work):
+        fsync(path)
+    work.rename(folder)
+    fsync(folder.parent)
+
+
+def write_atomically(path: Path, text: str):
+    """Replace a file: readers, and a run after a power failure, see the old text or the new."""
+    work = path.with_name(f"{path.name}.unfinished")
+    work.write_text(text, encoding="utf-8")
+    fsync(work)
+    work.replace(path)
+    fsync(path.parent)
+
+
+@contextlib.contextmanager
+def locked(folder: Path):
+    """`with locked(folder)`: one process at a time. The lock ends with its owner, however that ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def file_hash(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def model_fingerprint(folder: Path) -> str:
+    """A hash of everything that makes up a model: weights, shape and vocabulary."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".safetensors", ".bin") or path.name in ("config.json", "vocab.txt", "tokenizer.json"):
+            digest.update(f"{path.name} {file_hash(path)}".encode())
+    return digest.hexdigest()[:16]

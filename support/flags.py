@@ -1,0 +1,138 @@
+"""Command lines. The types and the parser are shared by distill.py and finetune.py; the rest is for distill.py: the
+flags that are not the method's own, presets, and the flags of a resumed run."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from support.errors import InputError
+from support.files import read_json
+from support.run_folder import record_hash
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message}; see --help")
+
+
+def number(kind: type, low: float, high: float):
+    """An argparse type: an int or a float from `low` to `high`."""
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number from {low} to {high}")
+        return value
+
+    return parse
+
+
+class Flag(NamedTuple):
+    name: str
+    default: object
+    kind: object  # bool for a switch, list for one or more words, a tuple of choices, or an argparse type
+    help: str  # plain sentences, with unit and reason
+
+    @property
+    def key(self) -> str:
+        return self.name.removeprefix("--").replace("-", "_")
+
+
+COUNT, NONNEGATIVE, FRACTION = number(int, 1, 10**9), number(float, 0, 1e9), number(float, 0, 1)
+WIKIPEDIA = "hub:wikimedia/wikipedia:20231101.en"
+DATA_FLAGS = (
+    Flag("--teacher", None, str, "Folder or hub name of the BERT to distil. Without it, the bundled teacher is "
+         "distilled with --preset demo."),
+    Flag("--corpus", [WIKIPEDIA], list, "Training text: .txt, .jsonl (field text), both also .gz, .parquet (column "
+         "text), folders of these, hub:OWNER/NAME:CONFIG, or demo, the documentation that comes with Python."),
+    Flag("--seq-length", 128, number(int, 8, 10**6), "Tokens per row."),
+    Flag("--cache-dir", Path.home() / ".cache" / "homotopic-distillation", Path, "Folder for tokenised text."),
+)
+RUN_FLAGS = (
+    Flag("--output", None, Path, "Run folder for run.json, log.jsonl and student/. Default: runs/TEACHER-D."),
+    Flag("--overwrite", False, bool, "Replace the run in the output folder."),
+    Flag("--resume", False, bool, "Resume the run in --output with its original flags, from its last checkpoint."),
+    Flag("--save-minutes", 15.0, NONNEGATIVE, "Minutes between checkpoints."),
+    Flag("--micro-batch-size", None, COUNT, "Rows that a process computes at a time. Fewer rows need less memory and "
+         "change the result by rounding only. Default: what fits into the GPU's free memory, 64 on a CPU."),
+    Flag("--seed", 0, number(int, 0, 2**32 - 1), "Seed of row order, masks and dropout."),
+    Flag("--device", "auto", str, "cpu, cuda or cuda:N. auto uses a GPU if there is one."),
+    Flag("--precision", "auto", ("auto", "fp32", "bf16"), "Precision of matmuls. auto is bf16 on a GPU, else fp32."),
+    Flag("--deterministic", False, bool, "Make runs on the same GPU reproducible bit for bit, at some cost. Runs on a "
+         "CPU always are."),
+)
+EVALUATION_FLAGS = (
+    Flag("--eval-every", None, COUNT, "Steps between evaluations on held-out text. Default: a tenth of the run."),
+    Flag("--eval-rows", 128, COUNT, "Held-out rows per evaluation."),
+    Flag("--eval-prunes", False, bool, "Also evaluate right before and after every prune; written to log.jsonl."),
+    Flag("--log-every", 10, COUNT, "Steps between lines in log.jsonl."),
+)
+MAY_CHANGE_ON_RESUME = {  # these have no bearing on the student
+    "output", "overwrite", "resume", "save_minutes", "cache_dir", "eval_every", "eval_rows", "eval_prunes", "log_every",
+    "micro_batch_size", "device"}
+
+
+def parse_flags(argv: list[str] | None, description: str, method_flags: tuple[Flag, ...],
+                presets: dict[str, dict]) -> argparse.Namespace:
+    """The flags of distill.py: the defaults, then those of the presets, then what is given; with --resume those that
+    the run started with. Raises InputError."""
+    groups = {"method": method_flags, "data": DATA_FLAGS, "run": RUN_FLAGS, "evaluation": EVALUATION_FLAGS}
+    parser = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for title, flags in groups.items():
+        group = parser.add_argument_group(title)
+        for flag in flags:
+            add_flag(group, flag)
+    argv = sys.argv[1:] if argv is None else argv
+    for word in argv:
+        if word.encode(errors="replace").decode() != word:  # such names cannot be written into run.json
+            raise InputError(f"{word!a} is not UTF-8: rename that file or folder")
+    given = vars(parser.parse_args(argv))
+    defaults = {flag.key: flag.default for flags in groups.values() for flag in flags}
+    if given.get("resume"):
+        return argparse.Namespace(**resumed_flags(given, set(defaults)))
+    chosen = given.get("preset", [])
+    if unknown := [name for name in chosen if name not in presets]:
+        raise InputError(f"--preset {unknown[0]} is unknown: use one or more of {', '.join(presets)}")
+    if "teacher" not in given and not any("teacher" in presets[name] for name in chosen):
+        chosen = ["demo", *chosen]
+    for name in chosen:
+        defaults |= presets[name]
+    return argparse.Namespace(**defaults | given | {"preset": chosen})
+
+
+def add_flag(group, flag: Flag):
+    default = " ".join(flag.default) if flag.kind is list else flag.default
+    options = {"help": f"{flag.help} [{default}]" if default not in ("", None, False) else flag.help}
+    if flag.kind is bool:
+        options["action"] = "store_true"
+    elif flag.kind is list:
+        options["nargs"] = "+"
+    elif isinstance(flag.kind, tuple):
+        options["choices"] = flag.kind
+    else:
+        options["type"] = flag.kind
+    group.add_argument(flag.name, **options)
+
+
+def resumed_flags(given: dict, known: set[str]) -> dict:
+    """The flags of the run in --output, updated with those given now that may differ. Raises InputError."""
+    if given.get("overwrite"):
+        raise InputError("--resume and --overwrite exclude each other")
+    output = given.get("output")
+    if output is None or not (output / "run.json").is_file():
+        raise InputError(f"--resume: there is no run in {output}; name its folder with --output")
+    record = read_json(output / "run.json")
+    flags = record.get("flags")
+    if not isinstance(flags, dict) or set(flags) != known:
+        raise InputError(f"--resume: {output / 'run.json'} was written by another version of this program")
+    if record.get("checksum") != record_hash(record):
+        raise InputError(f"--resume: {output / 'run.json'} is damaged (wrong checksum); start again with --overwrite")
+    for name, value in given.items():
+        if name not in MAY_CHANGE_ON_RESUME and json.loads(json.dumps(value, default=str)) != flags[name]:
+            raise InputError(f"--resume: --{name.replace('_', '-')} was {flags[name]} when the run started and is now "
+                             f"{value}; that would change the student: leave the flag out")
+    return flags | {"cache_dir": Path(flags["cache_dir"])} | given

@@ -1,0 +1,68 @@
+"""Models and data sets from the hub."""
+
+import collections
+import logging
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from support.errors import InputError, one_line
+
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that exists is used
+
+
+def find_model(name: str) -> Path:
+    """The folder of a model: a local one, or that of a hub name in the hub's cache, downloaded if necessary.
+
+    Only the files that are needed are downloaded. Raises InputError, within 10 seconds if the hub is unreachable.
+    """
+    if os.path.isdir(name):
+        return Path(name)
+    if os.path.exists(name):
+        raise InputError(f"{name} is a file: use the folder that contains it")
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise InputError(f"{name}: there is no such folder, and it is not a valid model name on the hub")
+
+    def wanted(files: list[str]) -> list[str]:
+        weights = [w for w in WEIGHT_FILES if w in files][:1]
+        others = [f for f in ("config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json") if f in files]
+        if not weights or others[:1] != ["config.json"] or not {"vocab.txt", "tokenizer.json"} & set(others):
+            raise InputError(f"{name} on the hub lacks config.json, a tokenizer or {' or '.join(WEIGHT_FILES)}")
+        return weights + others
+
+    return Path(hub_files(name, "model", wanted)[0])
+
+
+def hub_files(name: str, kind: str, wanted: Callable[[list[str]], list[str]]) -> tuple[str, list[str]]:
+    """The local folder of a hub repository and the names of its needed files, from the hub's cache if they are there.
+
+    kind: "model" or "dataset". wanted: maps all file names of the repository to those that are needed; its InputError
+    means that the repository lacks some. Raises InputError if the files are neither in the cache nor on the hub.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "4")  # seconds without a byte; it tries six times
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retry messages are not for our users
+    try:
+        # Without patterns the library would miss the files that we never ask for
+        folder = snapshot_download(name, repo_type=kind, local_files_only=True, allow_patterns=[])
+        files = wanted([str(p.relative_to(folder)) for p in Path(folder).rglob("*") if p.is_file()])
+        parts = collections.Counter(re.findall(r"(.*)-\d+-of-(\d+)\.", "\n".join(files)))  # (name, count) -> how many
+        if all(present == int(count) for (_, count), present in parts.items()):
+            return folder, files
+    except (LocalEntryNotFoundError, HFValidationError, InputError):
+        pass  # not in the cache, or only a part of it
+    try:
+        info = HfApi().repo_info(name, repo_type=kind, timeout=5)  # one request, no retries: quick to fail
+        files = wanted([sibling.rfilename for sibling in info.siblings])
+        return snapshot_download(name, repo_type=kind, allow_patterns=files), files
+    except InputError:
+        raise
+    except RepositoryNotFoundError:
+        raise InputError(f"{name}: there is no such folder here and no such public {kind} on the hub") from None
+    except Exception as error:  # the hub's client raises its transport's own exceptions: all mean "not to be had"
+        raise InputError(f"{name}: no such folder here, not in the hub's cache, and the hub did not deliver it "
+                         f"({one_line(error)}); check the name and the network, or give a local path") from None

@@ -1,0 +1,284 @@
+"""What surrounds the training loop of distill.py: teacher, text and device, micro-batches, the log, evaluations,
+checkpoints and signals. The loop can be understood without this file."""
+
+import contextlib
+import datetime
+import json
+import math
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import data
+import prune
+from support import checkpoint, distributed, run_folder
+from support.distributed import RANK, WORLD, rank_slice, synchronized_time
+from support.errors import InputError, Interrupted
+from support.evaluation import end_table, evaluate, milliseconds_per_row
+from support.files import atomic_rename, fsync, model_fingerprint
+from support.hub import find_model
+
+CPU_MICRO_BATCH = 64  # rows; larger ones gain nothing on a CPU
+ESTIMATE_AFTER = 3  # steps
+
+
+class GracefulStop:
+    """`with GracefulStop() as stop`: the first SIGTERM or Ctrl-C is remembered, so that the loop can save and stop. A
+    second one ends the process at once."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __enter__(self):
+        self.signal_number = 0
+        self.previous = {number: signal.signal(number, self.handle) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def handle(self, number, frame):
+        self.signal_number = number
+        for each in self.SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+
+    def requested(self) -> bool:
+        """Whether any process has received a signal. All processes must call this together."""
+        self.signal_number = max(distributed.all_gather_objects(self.signal_number))
+        return self.signal_number > 0
+
+
+
+class Session:
+    """The inputs of a run, checked before anything is written, and everything the loop calls that is not the method.
+
+    teacher is a Bert in evaluation mode, rows and heldout are MaskedRows. The loop runs inside `with running(state)`.
+    Raises InputError for anything wrong with flags or files.
+    """
+
+    def __init__(self, args):
+        self.args = args
+        self.device = distributed.find_device(args.device)
+        distributed.tune_malloc()
+        if args.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it
+        torch.use_deterministic_algorithms(args.deterministic)
+        self.bf16 = args.precision == "bf16" or args.precision == "auto" and self.device.type == "cuda"
+
+        folder = find_model(args.teacher)
+        self.teacher = checkpoint.load_model(folder).to(self.device).eval().requires_grad_(False)
+        config = self.teacher.config
+        if args.target_width is None:
+            args.target_width = config.hidden_size // 2
+        self.teacher_shape = prune.Shape.of(config)
+        self.target_shape = prune.target_shape(config, args.target_width, args.target_intermediate, args.target_heads)
+        if args.output is None:
+            teacher_name = Path(args.teacher).resolve().name
+            args.output = Path("runs") / ("demo" if "demo" in args.preset else f"{teacher_name}-{args.target_width}")
+        run_folder.check_output(args.output, args.overwrite or args.resume)
+        if args.seq_length > config.max_position_embeddings:
+            raise InputError(f"--seq-length {args.seq_length} is beyond the teacher's "
+                             f"{config.max_position_embeddings} positions")
+        self.tokenizer = checkpoint.load_tokenizer(folder, config.vocab_size)
+        self.rows, self.heldout, corpus_key = data.load_rows(args.corpus, self.tokenizer, args.cache_dir,
+                                                             args.seq_length)
+        if len(self.rows) < args.batch_size:
+            raise InputError(f"the corpus has {len(self.rows)} rows of {args.seq_length} tokens, fewer than one batch "
+                             f"of {args.batch_size}: use more text, or a smaller --batch-size or --seq-length")
+        if args.batch_size < WORLD:
+            raise InputError(f"--batch-size {args.batch_size} leaves some of the {WORLD} processes without rows")
+        self.fingerprints = {"corpus": corpus_key, "teacher": model_fingerprint(folder)}
+        self.checkpoints = run_folder.Checkpoints(args.output / "checkpoints")
+        self.saved = self.checkpoints.load_newest() if args.resume else None
+        if args.resume:
+            run_folder.check_fingerprints(args.output, self.fingerprints)
+        distributed.init_distributed(self.device)
+        self.micro_batch_size = self.choose_micro_batch_size()
+
+    def choose_micro_batch_size(self) -> int:
+        """--micro-batch-size, or that of the checkpoint, or what fits: a training step needs about 20 D + 4 F + 2 S
+        floats for every layer of a token, and 8 V for every masked position; half of the free memory is left."""
+        args, config = self.args, self.teacher.config
+        if args.micro_batch_size or self.saved:
+            return args.micro_batch_size or self.saved[1]["micro_batch_size"]
+        if self.device.type == "cpu":
+            return CPU_MICRO_BATCH
+        layer = 20 * config.hidden_size + 4 * config.intermediate_size + 2 * args.seq_length
+        token = config.num_hidden_layers * layer + 8 * data.MASKED_FRACTION * config.vocab_size  # floats
+        free = min(distributed.all_gather_objects(torch.cuda.mem_get_info(self.device)[0]))  # bytes
+        return max(1, int(free / 2 / (4 * token * args.seq_length)))
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    @contextlib.contextmanager
+    def running(self, state):
+        """The run folder, the log, the progress bar and the signal handlers, around the loop."""
+        args = self.args
+        if not args.resume:
+            run_folder.start_run(args, self.fingerprints)
+        if RANK == 0:
+            run_folder.truncate_log(args.output / "log.jsonl", state.step if self.saved else -1)
+        self.print_plan(state)
+        log = args.output / "log.jsonl" if RANK == 0 else os.devnull
+        with (
+            open(log, "a") as self.log_file,
+            tqdm(total=args.steps, initial=state.step, unit="step", desc="distill", disable=None) as self.progress,
+            GracefulStop() as self.stop,
+        ):
+            if self.saved:
+                self.result = self.saved[1]["evaluation"]
+            else:
+                self.log_evaluation(state)
+            self.first_step, self.saved_at = state.step, time.monotonic()
+            self.started = self.interval_start = time.perf_counter()  # both leave out evaluations and saving
+            self.interval_tokens = 0
+            yield
+            self.checkpoints.wait()
+            self.export(state)
+        if RANK == 0:
+            shutil.rmtree(self.checkpoints.folder)
+            milliseconds = milliseconds_per_row([self.teacher, state.distiller.student], self.heldout, self.device,
+                                                self.autocast)
+            print(end_table(self.teacher, state.distiller.student, self.result, milliseconds))
+            print(f"student: {args.output / 'student'}")
+
+    def print_plan(self, state):
+        args = self.args
+        tokens = args.steps * args.batch_size * args.seq_length
+        print(f"settings: {' + '.join(args.preset) or 'those of the paper'}; learning rate {args.learning_rate:g}; "
+              f"{'bf16' if self.bf16 else 'float32'}")
+        print(f"{args.teacher}: {self.teacher.parameter_count() / 1e6:.1f} M parameters, D F H K "
+              f"{tuple(self.teacher_shape)} -> {tuple(self.target_shape)}")
+        print(f"{args.steps:,} steps of {args.batch_size:,} x {args.seq_length} tokens on {self.device}"
+              f"{f' and {WORLD - 1} more' * (WORLD > 1)}: {tokens / 1e6:,.1f} million tokens, "
+              f"{args.steps * args.batch_size / len(self.rows):.1f} passes over the corpus of {len(self.rows):,} rows "
+              f"({len(self.heldout):,} held out)")
+        if self.saved:
+            print(f"resumed after step {state.step}")
+
+    def export(self, state):
+        """Write the student atomically as a standard model folder, with `lineage.json`: for every group the teacher
+        indices of the kept units (none for a student that started from random weights)."""
+        if RANK:
+            return
+        student, folder = state.distiller.student, self.args.output / "student"
+        work = folder.with_name("student.unfinished")
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        checkpoint.save_model(student, work)
+        checkpoint.save_tokenizer(self.tokenizer, work, student.config.max_position_embeddings)
+        kept = {} if self.args.init == "random" else {group: ids.tolist() for group, ids in state.lineage.items()}
+        (work / "lineage.json").write_text(json.dumps(kept, sort_keys=True) + "\n")
+        atomic_rename(work, folder)
+
+    def micro_batches(self, state):
+        """This process's rows of step `state.step`, in micro-batches: (Batch, its fraction of the global batch, whether
+        it is the last). A signal is honoured here, where the state of the last finished step is still intact."""
+        args = self.args
+        torch.manual_seed(((args.seed * args.steps + state.step) * WORLD + RANK) % 2**63)  # of dropout
+        first, last = rank_slice(args.batch_size)
+        for begin in range(first, last, self.micro_batch_size):
+            if (WORLD == 1 or begin == first) and self.stop.requested():
+                self.save_and_stop(state)
+            end = min(begin + self.micro_batch_size, last)
+            batch = self.rows.training_batch(args.seed, state.step, args.batch_size, begin, end).to(self.device)
+            yield batch, (end - begin) / args.batch_size, end == last
+
+    @contextlib.contextmanager
+    def logged_prune(self, state):
+        """Log a prune: the shapes, how long it took and, with --eval-prunes, evaluations before and after."""
+        before, evaluations = state.shape, {}
+        if self.args.eval_prunes:
+            evaluations["eval_before"] = self.evaluation(state)
+        start = synchronized_time(self.device)
+        yield
+        milliseconds = (synchronized_time(self.device) - start) * 1000
+        if self.args.eval_prunes:
+            evaluations["eval_after"] = self.evaluation(state)
+        self.log("prune", step=state.step + 1, before=before._asdict(), after=state.shape._asdict(),
+                 milliseconds=milliseconds, **evaluations)
+
+    def check_finite(self, state, losses: dict[str, float], gradient_norm: float):
+        if not math.isfinite(gradient_norm + losses["loss"]):
+            values = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
+            raise InputError(f"step {state.step + 1}: loss or gradient is not finite ({values}, gradient norm "
+                             f"{gradient_norm:.4g}); try a smaller --learning-rate, or check the teacher's weights")
+
+    def end_step(self, state, losses: dict[str, float], rate: float, gradient_norm: float):
+        """Log, evaluate and save after step `state.step`, where they are due."""
+        args, step = self.args, state.step
+        last = step == args.steps
+        self.progress.update()
+        self.interval_tokens += args.batch_size * args.seq_length
+        if step - self.first_step == ESTIMATE_AFTER:
+            left = datetime.timedelta(seconds=round((time.perf_counter() - self.started) / ESTIMATE_AFTER
+                                                    * (args.steps - step)))
+            self.progress.write(f"about {left} (h:mm:ss) left at this speed; it rises as the student shrinks, and a "
+                                "smaller --steps makes the run shorter")
+        if step % args.log_every == 0 or last:
+            self.log_training(state, losses, rate, gradient_norm)
+        before = time.perf_counter()
+        if step % (args.eval_every or max(1, args.steps // 10)) == 0 or last:
+            self.log_evaluation(state)
+        if last or time.monotonic() - self.saved_at >= 60 * args.save_minutes:
+            self.save(state)
+            self.saved_at = time.monotonic()
+        pause = time.perf_counter() - before
+        self.started, self.interval_start = self.started + pause, self.interval_start + pause
+
+    def log(self, event: str, **values):
+        self.log_file.write(json.dumps({"event": event, **values}) + "\n")
+        self.log_file.flush()
+
+    def log_training(self, state, losses: dict[str, float], rate: float, gradient_norm: float):
+        speed = self.interval_tokens / (time.perf_counter() - self.interval_start)
+        named = {name if name == "loss" else f"loss_{name}": value for name, value in losses.items()}
+        self.log("train", step=state.step, tokens=state.step * self.args.batch_size * self.args.seq_length, **named,
+                 **state.shape._asdict(), parameters=state.distiller.student.parameter_count(), learning_rate=rate,
+                 gradient_norm=gradient_norm, tokens_per_second=speed,
+                 memory_mb=distributed.peak_memory_mb(self.device))
+        self.progress.set_postfix({name: f"{value:.3f}" for name, value in losses.items()} |
+                                  {"D": state.shape.hidden_size, "F": state.shape.intermediate_size,
+                                   "tok_s": f"{speed:,.0f}"})
+        self.interval_start, self.interval_tokens = time.perf_counter(), 0
+
+    def evaluation(self, state) -> dict[str, float]:
+        return evaluate(state.distiller, self.teacher, self.heldout, min(self.args.eval_rows, len(self.heldout)),
+                        self.micro_batch_size, self.device, self.autocast)
+
+    def log_evaluation(self, state):
+        self.result = self.evaluation(state)
+        self.log("eval", step=state.step, **self.result)
+        values = "  ".join(f"{k} {v:.3f}" for k, v in self.result.items() if not k.startswith("teacher"))
+        shape = "D {:>4}  F {:>4}  H {:>2}  K {:>2}".format(*state.shape)
+        self.progress.write(f"step {state.step:>6}  {shape}  {values}")
+
+    def save(self, state):
+        if RANK == 0:
+            fsync(self.args.output / "log.jsonl")
+            tensors = run_folder.state_tensors(state.distiller, state.optimizer,
+                                               {"sensitivity": state.sensitivity, "lineage": state.lineage})
+            self.checkpoints.save(state.step, tensors, {
+                "shape": state.shape._asdict(), "micro_batch_size": self.micro_batch_size, "evaluation": self.result})
+
+    def save_and_stop(self, state):
+        self.save(state)
+        self.checkpoints.wait()
+        raise Interrupted(self.stop.signal_number, f"interrupted after step {state.step}, which is saved; to resume: "
+                          f"python distill.py --resume --output {self.args.output}")
+
+    def restore(self, state):
+        """Bring a new state to where the checkpoint was saved: prune, then load weights, moments and statistics."""
+        tensors, record = self.saved
+        state.lineage, state.sensitivity = (
+            run_folder.with_prefix(tensors, f"{name}.", self.device) for name in ("lineage", "sensitivity"))
+        state.step, state.shape = record["step"], prune.Shape(**record["shape"])
+        prune.prune_units(state.distiller, state.lineage, state.shape, state.optimizer)
+        state.distiller.load_state_dict(run_folder.with_prefix(tensors, "model.", self.device))
+        run_folder.restore_moments(state.distiller, state.optimizer, tensors)

@@ -1,0 +1,119 @@
+"""The benchmarks as programs, which start processes, and the GPU checks that run distill.py."""
+
+import gc
+import json
+import sys
+import types
+
+import pytest
+import torch
+from conftest import ROOT
+
+pytest.importorskip("transformers")
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import gpu  # noqa: E402
+import systems  # noqa: E402
+import table  # noqa: E402
+import throughput  # noqa: E402
+import tokenise  # noqa: E402
+
+import prune  # noqa: E402
+
+CPU = torch.device("cpu")
+THREADS = ["--threads", str(torch.get_num_threads())]
+
+
+def test_throughput_measures_every_system_at_every_width(tmp_path, capsys):
+    path = tmp_path / "toy.json"
+    arguments = ["--shape", "toy", "--device", "cpu", "--quick", "--repeats", "2", *THREADS, "--json", str(path)]
+    assert throughput.main(arguments) == 0
+    result = json.loads(path.read_text())
+    rows = {(row["width"], row["system"]): row for row in result["rows"]}
+    assert set(rows) == {(width, system) for width in (32, 24, 16, "run") for system in systems.SYSTEMS}
+    for (width, system), row in rows.items():
+        low, high = row["spread"]
+        assert row["shape"] == "toy" and 0 < low <= row["tokens_per_second"] <= high
+        assert 0 < row["utilisation"] < 1.5 and row["peak_memory"] > 10
+        assert ("ratio" in row) == (system != "ours") and ("prune_share" in row) == ((width, system) == ("run", "ours"))
+    assert 0 < rows["run", "ours"]["prune_share"] < 1
+    masked = [rows[width, "research code"]["flops_per_token"] for width in ("run", 32)]
+    assert masked[0] == pytest.approx(masked[1])  # masks save nothing
+    ours = [rows[width, "ours"]["flops_per_token"] for width in (32, "run", 16)]
+    assert ours == sorted(ours, reverse=True)
+    assert result["matmul_flops_per_second"] > 0 and result["versions"]["torch"] and result["date"]
+    capsys.readouterr()
+    assert table.main([str(path)]) == 0
+    text = capsys.readouterr().out
+    assert f"| 24 | {result['rows'][1]['tokens_per_second']:,.0f} |" in text and "| whole run |" in text
+
+
+def test_all_processes_have_the_same_allocator_settings(monkeypatch):
+    calls = []
+    monkeypatch.setattr(throughput, "tune_malloc", lambda: calls.append(1))
+    for name in systems.SYSTEMS:
+        throughput.start(name, "toy", CPU, False, torch.get_num_threads(), [1])
+        throughput.SYSTEM.clear()
+        throughput.BATCHES.clear()
+    assert len(calls) == len(systems.SYSTEMS)
+
+
+def test_tokenise_measures_two_sizes_and_a_step(corpus, tmp_path, capsys):
+    path = tmp_path / "tokenise.json"
+    assert tokenise.main(["--corpus", str(corpus), "--repeats", "1", *THREADS, "--json", str(path)]) == 0
+    result = json.loads(path.read_text())
+    once, four = result["tokenise"]
+    assert four["tokens"] == 4 * once["tokens"] > 0 and min(once["tokens_per_second"], once["peak_memory"]) > 0
+    assert 0 < result["batch_seconds"] < result["step_seconds"]
+    assert table.main([str(path)]) == 0 and "| 4 |" in capsys.readouterr().out
+
+
+def test_fine_tuning_times_ours_and_the_trainer(checkpoint, tmp_path, monkeypatch, capsys):
+    fine_tuning = pytest.importorskip("fine_tuning")
+    monkeypatch.chdir(tmp_path)
+    lines = ["sentence\tlabel", *(f"the {word} river\t{i % 2}" for i, word in enumerate(["old", "new"] * 20))]
+    for split in ("train", "dev"):
+        (tmp_path / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+    path = tmp_path / "sst2.json"
+    arguments = ["--model", str(checkpoint), "--data", str(tmp_path), "--slices", "2", "--rows", "16"]
+    assert fine_tuning.main([*arguments, "--device", "cpu", "--json", str(path)]) == 0
+    result = json.loads(path.read_text())
+    assert result["training_rows"] == 16 and min(result["seconds"].values()) >= 0
+    assert table.main([str(path)]) == 0 and "One epoch of 16 rows" in capsys.readouterr().out
+
+
+def test_the_gpu_check_of_interrupted_runs_passes_on_the_cpu_and_finds_another_student(
+        tmp_path, checkpoint, corpus, monkeypatch):
+    flags = ["--teacher", str(checkpoint), "--corpus", str(corpus), "--cache-dir", str(tmp_path / "cache"),
+             "--steps", "100", "--batch-size", "4", "--seq-length", "16", "--device", "cpu", "--eval-every", "50"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    gpu.check_resume(tmp_path, flags)
+    assert (tmp_path / "interrupted" / "student").is_dir()
+    load_file, codes = gpu.load_file, iter((0, 0, 143, 0))
+    finished = types.SimpleNamespace(
+        returncode=0, wait=lambda: next(codes), poll=lambda: 0, terminate=lambda: None)
+    monkeypatch.setattr(gpu.subprocess, "Popen", lambda command: finished)  # the runs exist already
+    monkeypatch.setattr(gpu, "load_file", lambda path: {
+        name: tensor + (path.parent.parent.name == "interrupted") for name, tensor in load_file(path).items()})
+    with pytest.raises(SystemExit, match="a resumed run produces another student"):
+        gpu.check_resume(tmp_path, flags)
+
+
+def test_the_gpu_check_of_memory_finds_a_leak(monkeypatch):
+    """The check needs a GPU's allocator. Here the bytes of all living tensors take its place."""
+    def alive(_):
+        gc.collect()
+        storages = [t.untyped_storage() for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+    gc.freeze()  # leaves out what exists already
+    monkeypatch.setattr(torch.cuda, "memory_allocated", alive)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {"requested_bytes.all.current": alive(device)})
+    measured = gpu.check_memory("toy", CPU)
+    assert measured[0]["hidden_size"] == 32 and measured[-1]["hidden_size"] == 16
+    leak, prune_units = [], prune.prune_units
+    monkeypatch.setattr(prune, "prune_units", lambda model, *rest: (
+        leak.extend(model.parameters()), prune_units(model, *rest)))
+    with pytest.raises(SystemExit, match="a prune frees"):
+        gpu.check_memory("toy", CPU)
+    gc.unfreeze()

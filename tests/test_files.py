@@ -1,0 +1,86 @@
+"""Atomic writes, locks and fingerprints of model folders."""
+
+import os
+import shutil
+import threading
+import time
+
+import pytest
+
+from support import files
+
+
+def test_failed_write_leaves_the_old_text(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    files.write_atomically(path, "old")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            files.write_atomically(path, "new")
+    assert path.read_text() == "old"
+    files.write_atomically(path, "new")
+    assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_everything_is_on_the_disk_before_a_file_or_folder_gets_its_name(tmp_path, monkeypatch):
+    """After a power failure a name stands for complete content, and the name itself is on the disk, too."""
+    events, fsync = [], files.fsync
+
+    def recorded(path):
+        events.append((path.name, (tmp_path / "text").exists(), (tmp_path / "done").exists()))
+        fsync(path)
+
+    monkeypatch.setattr(files, "fsync", recorded)
+    files.write_atomically(tmp_path / "text", "text")
+    assert events == [("text.unfinished", False, False), (tmp_path.name, True, False)]
+    events.clear()
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "content").write_text("content")
+    files.atomic_rename(work, tmp_path / "done")
+    assert events == [("content", True, False), ("work", True, False), (tmp_path.name, True, True)]
+
+
+def test_lock_lets_one_in_at_a_time_and_ends_with_an_error(tmp_path):
+    order = []
+
+    def second():
+        with files.locked(tmp_path):
+            order.append("second")
+
+    with pytest.raises(KeyError), files.locked(tmp_path):
+        thread = threading.Thread(target=second)
+        thread.start()
+        time.sleep(0.1)
+        order.append("first")
+        raise KeyError
+    thread.join(timeout=10)
+    assert order == ["first", "second"]
+
+
+def test_fingerprint_changes_with_weights_shape_and_vocabulary_only(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "copy")
+    original = files.model_fingerprint(folder)
+    assert original == files.model_fingerprint(checkpoint)
+    (folder / "README.md").write_text("not a part of the model")
+    assert files.model_fingerprint(folder) == original
+    fingerprints = {original}
+    for name in ("model.safetensors", "config.json", "vocab.txt", "tokenizer.json"):
+        with open(folder / name, "ab") as stream:
+            stream.write(b" ")
+        fingerprints.add(files.model_fingerprint(folder))
+    assert len(fingerprints) == 5
+
+
+@pytest.mark.parametrize("content, words", [
+    (None, "does not exist"), (b"{", "cannot be read as JSON"), (b"\xff", "cannot be read as JSON"),
+    (b"[" * 100_000, "cannot be read as JSON"), (b"[1]", "does not contain a JSON object")])
+def test_file_without_a_json_object_is_refused(tmp_path, refused, content, words):
+    if content is not None:
+        (tmp_path / "x.json").write_bytes(content)
+    with refused("x.json", words):
+        files.read_json(tmp_path / "x.json")

@@ -1,0 +1,112 @@
+"""Models and data sets from the hub: what is in the hub's cache, and names that cannot be used.
+
+tests/reliability/test_hub_reliability.py tries hubs that are unreachable, silent, or really answer.
+"""
+
+import shutil
+
+import huggingface_hub.constants
+import pytest
+from test_data import write_corpus
+
+from support.corpus import corpus_files, hub_parquet
+from support.hub import find_model, hub_files
+
+
+@pytest.fixture(autouse=True)
+def hub_cache(tmp_path, monkeypatch):
+    """Use the cache of the fixture hub_snapshot. The hub itself is switched off in conftest.py."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub_home" / "hub"))
+
+
+# ---- Models --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("removed", [[], ["tokenizer.json"], ["vocab.txt"]])
+def test_model_in_the_cache_is_found_without_the_hub(hub_snapshot, checkpoint, removed):
+    snapshot = shutil.copytree(checkpoint, hub_snapshot("model", "owner/bert"), dirs_exist_ok=True)
+    for name in removed:  # one of the two tokenizer files is enough
+        (snapshot / name).unlink()
+    assert find_model("owner/bert") == snapshot
+
+
+@pytest.mark.parametrize("removed", [["config.json"], ["model.safetensors"], ["tokenizer.json", "vocab.txt"]])
+def test_model_that_is_incomplete_in_the_cache_is_refused_without_the_hub(hub_snapshot, checkpoint, refused, removed):
+    snapshot = shutil.copytree(checkpoint, hub_snapshot("model", "owner/bert"), dirs_exist_ok=True)
+    for name in removed:
+        (snapshot / name).unlink()
+    with refused("owner/bert", "check the name and the network"):
+        find_model("owner/bert")
+
+
+def test_sharded_model_is_refused(hub_snapshot, checkpoint, refused):
+    snapshot = shutil.copytree(checkpoint, hub_snapshot("model", "owner/shards"), dirs_exist_ok=True)
+    (snapshot / "model.safetensors").rename(snapshot / "model-00001-of-00001.safetensors")
+    (snapshot / "model.safetensors.index.json").write_text("{}")
+    with refused("owner/shards"):
+        find_model("owner/shards")
+
+
+@pytest.mark.parametrize("name", [
+    "no/such/folder", "../nowhere", "a b", "x" * 400, "a..b", "a--b", "x.git", "\0", "ä/ö"])
+def test_name_of_neither_a_folder_nor_a_model_is_refused(name, refused):
+    with refused(name):
+        find_model(name)
+
+
+def test_file_in_place_of_a_model_folder_is_refused(corpus, refused):
+    with refused("is a file"):
+        find_model(str(corpus))
+
+
+def test_local_folder_is_used_as_it_is(checkpoint):
+    assert find_model(str(checkpoint)) == checkpoint
+
+
+# ---- Data sets -----------------------------------------------------------------------------------------------
+
+
+def test_complete_configuration_of_a_data_set_in_the_cache_is_found_without_the_hub(hub_snapshot, documents, refused):
+    snapshot = hub_snapshot("dataset", "owner/texts")
+    for part, count in (("small", 1), ("small-raw", 2), ("half", 2)):
+        (snapshot / part).mkdir()
+        for i in range(count):
+            write_corpus(snapshot / part / f"train-0000{i}-of-0000{count}.parquet", documents[i::count])
+        write_corpus(snapshot / part / "test-00000-of-00001.parquet", ["never"])
+    (snapshot / "half" / "train-00001-of-00002.parquet").unlink()  # was not downloaded
+    assert corpus_files(["hub:owner/texts:small"]) == [snapshot / "small" / "train-00000-of-00001.parquet"]
+    assert corpus_files(["hub:owner/texts:small-raw"]) == [
+        snapshot / "small-raw" / f"train-0000{i}-of-00002.parquet" for i in range(2)]
+    for corpus in ("hub:owner/texts:half", "hub:owner/texts", "hub:owner/others", "hub:"):
+        with refused("hub"):
+            corpus_files([corpus])
+
+
+def test_completeness_is_checked_for_every_split_separately(hub_snapshot, refused):
+    snapshot = hub_snapshot("dataset", "owner/task")
+    for name in ("a/train-00000-of-00001", "a/validation-00000-of-00001", "b/test-00000-of-00002"):
+        (snapshot / name).parent.mkdir(exist_ok=True)
+        (snapshot / f"{name}.parquet").write_bytes(b"rows")
+
+    def files_in(folder):
+        return hub_files("owner/task", "dataset", lambda names: [n for n in names if n.startswith(folder)])[1]
+
+    assert len(files_in("a/")) == 2
+    with refused("owner/task"):
+        files_in("b/")
+
+
+def test_configuration_of_a_data_set_is_chosen_by_its_exact_name(refused):
+    names = ["README.md", "en/train-0.parquet", "en/test-0.parquet", "en-old/train-0.parquet", "en/train.csv"]
+    assert hub_parquet(names, "en", "hub:x") == ["en/train-0.parquet"]
+    for config in ("fr", ""):
+        with refused("hub:x", f"{config!r}", "en", "en-old"):
+            hub_parquet(names, config, "hub:x")
+    with refused("hub:x", "none"):
+        hub_parquet(["x.csv"], "", "hub:x")
+
+
+def test_only_configuration_of_a_data_set_needs_no_name():
+    assert hub_parquet(["data/train-1.parquet", "data/train-0.parquet"], "", "hub:x") == [
+        "data/train-0.parquet", "data/train-1.parquet"]
+    assert hub_parquet(["train.parquet"], "", "hub:x") == ["train.parquet"]

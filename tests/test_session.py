@@ -1,0 +1,335 @@
+"""Runs that are interrupted and resumed, and what else surrounds the training loop (support/session.py).
+
+tests/reliability/ has the slow tests: kills at every step, several processes, full disks and damaged files.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import distill
+from data import MaskedRows
+from support import distributed, run_folder
+from support.files import model_fingerprint
+from support.session import GracefulStop, Session
+
+
+class Killed(BaseException):
+    """Stands for the death of the process: nothing in the program catches it."""
+
+
+class Runs:
+    """Runs of 10 steps from width 32 to 16 that prune in several steps and use dropout."""
+
+    def __init__(self, teacher: Path, corpus: Path, folder: Path):
+        self.folder, self.finished = folder, {}
+        self.flags = [
+            "--teacher", str(teacher), "--corpus", str(corpus), "--cache-dir", str(folder / "cache"),
+            "--target-width", "16", "--steps", "10", "--batch-size", "6", "--seq-length", "16", "--granularity", "4",
+            "--learning-rate", "1e-3", "--device", "cpu", "--log-every", "1", "--eval-every", "2", "--eval-rows", "5",
+            "--dropout", "0.1"]
+
+    def distill(self, output: Path, *more) -> int:
+        return distill.main([*self.flags, "--output", str(output), *map(str, more)])
+
+    def undisturbed(self, *more) -> Path:
+        """The folder of a finished run with these additional flags, which no test changes."""
+        if more not in self.finished:
+            output = self.finished[more] = self.folder / f"undisturbed-{len(self.finished)}"
+            assert self.distill(output, *more) == 0
+        return self.finished[more]
+
+    def killed(self, output: Path, step: int, *more, save_every: int = 1) -> Path:
+        """Start a run that saves every `save_every` steps and dies in the middle of step `step`, which is 0, 1, ..."""
+        with pytest.MonkeyPatch.context() as patch:
+            save = Session.save
+            patch.setattr(Session, "save", lambda self, state: state.step % save_every or save(self, state))
+            dies(patch, step, lambda: self.distill(output, "--save-minutes", 0, *more))
+        return output
+
+
+def dies(patch: pytest.MonkeyPatch, step: int, program):
+    """Call `program`, which dies in the middle of step `step`."""
+    rate = distill.learning_rate
+
+    def deadly(now, *rest):
+        if now == step:
+            raise Killed
+        return rate(now, *rest)
+
+    patch.setattr(distill, "learning_rate", deadly)
+    with pytest.raises(Killed):
+        program()
+    patch.setattr(distill, "learning_rate", rate)
+    for thread in threading.enumerate():  # the writer of the last checkpoint
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+
+
+def resume(output: Path, *more) -> int:
+    return distill.main(["--resume", "--output", str(output), *map(str, more)])
+
+
+def student(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "student" / "model.safetensors")
+
+
+def history(output: Path) -> list[dict]:
+    """The log without what depends on the clock."""
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "memory_mb", "milliseconds")}
+            for line in lines]
+
+
+def assert_same_end(output: Path, other: Path):
+    """The same student, bit for bit, and the same log; and no checkpoint or other remains in the run folder."""
+    expected = student(other)
+    assert set(student(output)) == set(expected)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in student(output).items())
+    assert (output / "student" / "lineage.json").read_text() == (other / "student" / "lineage.json").read_text()
+    assert history(output) == history(other)
+    assert {path.name for path in output.iterdir()} == {"run.json", "log.jsonl", "student"}
+
+
+def assert_close_student(output: Path, other: Path):
+    """The same student up to rounding."""
+    assert (output / "student" / "lineage.json").read_text() == (other / "student" / "lineage.json").read_text()
+    for name, tensor in student(other).items():
+        torch.testing.assert_close(student(output)[name], tensor, rtol=0, atol=2e-5, msg=name)
+
+
+@pytest.fixture(scope="module")
+def runs(checkpoint, corpus, tmp_path_factory) -> Runs:
+    return Runs(checkpoint, corpus, tmp_path_factory.mktemp("runs"))
+
+
+# ---- Resume --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step, more", [(3, ()), (2, ("--align-heads", "--compensate"))])
+def test_a_resumed_run_ends_bit_for_bit_where_an_undisturbed_one_does(runs, tmp_path, step, more):
+    expected = runs.undisturbed(*more)
+    prunes = [line["step"] for line in history(expected) if line["event"] == "prune"]
+    assert min(prunes) <= step < max(prunes)  # it is killed between two prunes
+    runs.killed(tmp_path / "run", step, *more)
+    assert not (tmp_path / "run" / "student").exists()
+    assert resume(tmp_path / "run") == 0
+    assert_same_end(tmp_path / "run", expected)
+
+
+def test_steps_after_the_last_checkpoint_are_repeated_and_logged_once(runs, tmp_path):
+    runs.killed(tmp_path / "run", 8, save_every=3)
+    assert max(line["step"] for line in history(tmp_path / "run")) == 8  # two steps ahead of the checkpoint
+    with open(tmp_path / "run" / "log.jsonl", "a") as log:
+        log.write('{"event": "train", "st')  # cut off by the death of the process
+    assert resume(tmp_path / "run") == 0
+    assert_same_end(tmp_path / "run", runs.undisturbed())
+
+
+def test_a_run_without_a_checkpoint_starts_again(runs, tmp_path):
+    runs.killed(tmp_path / "run", 4, "--save-minutes", 15)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert resume(tmp_path / "run") == 0
+    assert_same_end(tmp_path / "run", runs.undisturbed())
+
+
+def test_a_damaged_checkpoint_is_skipped_in_favour_of_the_one_before(runs, tmp_path, capsys):
+    """Two checkpoints are kept, each with checksums that sha256sum can check."""
+    runs.killed(tmp_path / "run", 7)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-0000006", "step-0000007"]
+    sums = subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=checkpoints / "step-0000007")
+    assert sums.returncode == 0
+    path = checkpoints / "step-0000007" / "state.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert resume(tmp_path / "run") == 0
+    printed = capsys.readouterr().out
+    assert "step-0000007/state.safetensors is damaged" in printed and "resumed after step 6" in printed
+    assert_same_end(tmp_path / "run", runs.undisturbed())
+
+
+def test_save_minutes_is_the_time_between_checkpoints(runs, tmp_path, monkeypatch):
+    steps = []
+    monkeypatch.setattr(run_folder.Checkpoints, "save", lambda self, step, *_: steps.append(step))
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    assert runs.distill(tmp_path / "run", "--save-minutes", 0) == 0
+    assert steps == list(range(1, 11))
+    steps.clear()
+    assert runs.distill(tmp_path / "other", "--save-minutes", 60) == 0
+    assert steps == [10]
+
+
+def test_training_continues_while_a_checkpoint_is_written(runs, tmp_path, monkeypatch):
+    """The first checkpoint, after step 4, is not written before step 7 has begun; the second must wait for it."""
+    released, steps = threading.Event(), []
+    write, rate, save = run_folder.Checkpoints.write, distill.learning_rate, Session.save
+
+    def slow(self, step, *rest):
+        assert released.wait(30)
+        write(self, step, *rest)
+
+    def watched(step, *rest):
+        steps.append(step)
+        if step == 7:
+            released.set()
+        return rate(step, *rest)
+
+    monkeypatch.setattr(run_folder.Checkpoints, "write", slow)
+    monkeypatch.setattr(distill, "learning_rate", watched)
+    monkeypatch.setattr(Session, "save", lambda self, state: state.step % 4 or save(self, state))
+    assert runs.distill(tmp_path / "run", "--save-minutes", 0) == 0 and steps == list(range(10))
+
+
+def test_a_resumed_run_refuses_flags_that_would_change_the_student(runs, tmp_path, capsys):
+    runs.killed(tmp_path / "run", 4)
+    for more, words in ((("--steps", 11), "--steps was 10 when the run started and is now 11"),
+                        (("--learning-rate", 0.5), "--learning-rate was 0.001"),
+                        (("--teacher", "elsewhere"), "--teacher was"), (("--alpha-mlm", 0.5), "--alpha-mlm was 1.0"),
+                        (("--preset", "imitation"), "--preset was []"), (("--overwrite",), "exclude each other")):
+        assert resume(tmp_path / "run", *more) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and words in error
+    assert resume(tmp_path / "run", "--steps", 10, "--eval-rows", 3, "--eval-every", 3, "--log-every", 5,
+                  "--save-minutes", 1, "--eval-prunes") == 0
+
+
+def test_a_resumed_run_may_have_another_micro_batch_size(runs, tmp_path):
+    """The student is the same up to rounding, but for dropout, whose random numbers depend on the micro-batches."""
+    runs.killed(tmp_path / "run", 4, "--dropout", 0, "--micro-batch-size", 6)
+    sizes, forward = set(), distill.Distiller.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distill.Distiller, "forward", lambda self, batch, teacher: (
+            sizes.add(len(batch.input_ids)), forward(self, batch, teacher))[1])
+        assert resume(tmp_path / "run", "--micro-batch-size", 2) == 0
+    assert sizes == {2}
+    assert_close_student(tmp_path / "run", runs.undisturbed("--dropout", 0))
+
+
+def test_resume_needs_an_unfinished_run_of_this_version(runs, tmp_path, capsys, monkeypatch):
+    assert distill.main(["--resume"]) == 2 and "name its folder with --output" in capsys.readouterr().err
+    assert resume(tmp_path / "nothing") == 2 and "there is no run in" in capsys.readouterr().err
+    assert not (tmp_path / "nothing").exists()
+    shutil.copytree(runs.undisturbed(), tmp_path / "run")
+    monkeypatch.setattr(Session, "__init__", lambda *_: pytest.fail("a finished run was resumed"))
+    assert resume(tmp_path / "run") == 0 and "is finished" in capsys.readouterr().out
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    for changed, words in (({"flags": {"steps": 3}}, "another version"), ({"processes": 7}, "wrong checksum")):
+        (tmp_path / "run" / "run.json").write_text(json.dumps(record | changed))
+        assert resume(tmp_path / "run") == 2 and words in capsys.readouterr().err
+
+
+def test_resume_refuses_another_teacher_or_another_text(checkpoint, corpus, tmp_path, capsys):
+    shutil.copytree(checkpoint, tmp_path / "teacher")
+    shutil.copy(corpus, tmp_path / "text.txt")
+    Runs(tmp_path / "teacher", tmp_path / "text.txt", tmp_path).killed(tmp_path / "run", 4)
+    weights = load_file(tmp_path / "teacher" / "model.safetensors")
+    weights["cls.predictions.bias"][0] += 1
+    save_file(weights, tmp_path / "teacher" / "model.safetensors")
+    assert resume(tmp_path / "run") == 2 and "the teacher has changed" in capsys.readouterr().err
+    shutil.copy(checkpoint / "model.safetensors", tmp_path / "teacher" / "model.safetensors")
+    with open(tmp_path / "text.txt", "a") as text:
+        text.write("\n\nmore\n")
+    assert resume(tmp_path / "run") == 2 and "the corpus has changed" in capsys.readouterr().err
+
+
+def test_run_json_records_flags_versions_and_fingerprints(runs, checkpoint):
+    record = json.loads((runs.undisturbed() / "run.json").read_text())
+    assert record["teacher"] == model_fingerprint(checkpoint) and len(record["corpus"]) == 32
+    assert record["flags"]["steps"] == 10 and record["seed"] == 0 and record["processes"] == 1
+    assert set(record["versions"]) == {"python", "torch", "numpy", "tokenizers", "safetensors", "commit"}
+    assert torch.__version__.startswith(record["versions"]["torch"])
+
+
+# ---- Signals -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_before_the_next_micro_batch_and_saves_the_last_finished_step(runs, tmp_path, monkeypatch,
+                                                                                     capsys, number):
+    """It comes in the first of two micro-batches of the sixth step."""
+    training_batch, batches = MaskedRows.training_batch, []
+
+    def signalled(rows, seed, step, *rest):
+        batches.append(step)
+        if step == 5:
+            os.kill(os.getpid(), number)
+        return training_batch(rows, seed, step, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MaskedRows, "training_batch", signalled)
+        assert runs.distill(tmp_path / "run", "--micro-batch-size", 4) == 128 + number
+    assert batches == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5]
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "interrupted after step 5, which is saved" in error
+    assert f"to resume: python distill.py --resume --output {tmp_path / 'run'}\n" in error
+    assert not (tmp_path / "run" / "student").exists()
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-0000005"]
+    assert resume(tmp_path / "run") == 0
+    assert_same_end(tmp_path / "run", runs.undisturbed("--micro-batch-size", 4))
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    before = signal.getsignal(signal.SIGINT)  # in the background of a shell it is ignored
+    with GracefulStop() as stop:
+        assert not stop.requested()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested() and stop.signal_number == signal.SIGINT
+        assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+# ---- Memory and processes ------------------------------------------------------------------------------------
+
+
+def test_a_full_gpu_is_reported_in_one_line(runs, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(distill.Distiller, "forward", full)
+    assert runs.distill(tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--micro-batch-size" in error
+
+
+def test_the_micro_batch_size_is_given_or_saved_or_follows_from_the_free_memory(monkeypatch):
+    """BERT-base needs less than 300 MB per row of 128 tokens, and no model gets fewer rows than one."""
+    config = SimpleNamespace(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, vocab_size=30522)
+
+    def chosen(given=None, saved=None, device="cuda", free=80e9):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(free), int(80e9)))
+        return Session.choose_micro_batch_size(SimpleNamespace(
+            args=SimpleNamespace(micro_batch_size=given, seq_length=128), teacher=SimpleNamespace(config=config),
+            saved=saved and ({}, {"micro_batch_size": saved}), device=torch.device(device)))
+
+    assert chosen(given=3, saved=5) == 3 and chosen(saved=5) == 5 and chosen(device="cpu") == 64
+    assert 80e9 / 2 / 300e6 < chosen() < 80e9 / 50e6
+    assert chosen() == pytest.approx(2 * chosen(free=40e9), abs=1) and chosen(free=1000) == 1
+
+
+def test_fewer_rows_than_processes_are_refused(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("support.session.WORLD", 7)
+    assert runs.distill(tmp_path / "run") == 2
+    assert "leaves some of the 7 processes without rows" in capsys.readouterr().err
+
+
+def test_every_row_belongs_to_one_process(monkeypatch):
+    for world in (1, 2, 3, 7):
+        monkeypatch.setattr(distributed, "WORLD", world)
+        for rows in (1, 5, 7, 64):
+            slices = []
+            for rank in range(world):
+                monkeypatch.setattr(distributed, "RANK", rank)
+                slices.append(distributed.rank_slice(rows))
+            assert [first for first, _ in slices] == [0] + [last for _, last in slices][:-1] and slices[-1][1] == rows
+            assert max(last - first for first, last in slices) - min(last - first for first, last in slices) <= 1
