@@ -52,7 +52,6 @@ TASK_DEFAULTS = {  # peak learning rate, epochs, batch size, maximum length in t
     "wnli": (1e-5, 3, 32, 128),  # its dev split contradicts the training split, so less training is better
     **dict.fromkeys(("squad", "squad_v2"), (5e-5, 2, 16, 384)),
 }
-GRID_LEARNING_RATES, GRID_BATCH_SIZES = (1e-5, 2e-5, 3e-5, 5e-5, 1e-4), (16, 32)
 MAX_GRADIENT_NORM = 1.0
 
 
@@ -62,8 +61,8 @@ class Settings:
 
     data: str  # folder, or "hub"
     weights: str  # fingerprint of the checkpoint
-    learning_rate: float | None  # peak; None: to be chosen from the grid
-    batch_size: int | None
+    learning_rate: float  # peak
+    batch_size: int
     epochs: int
     max_steps: int | None
     max_length: int  # tokens
@@ -233,25 +232,6 @@ def fine_tune(folder: Path, key: str, examples: dict[str, Examples], settings: S
     return best
 
 
-def search_grid(folder: Path, key: str, examples: dict[str, Examples], settings: Settings, seed: int, device,
-                title: str) -> tuple[TrainResult, Settings]:
-    """Try the learning rates and batch sizes that `settings` leaves open; the best result on dev and its settings."""
-    rates = (settings.learning_rate,) if settings.learning_rate else GRID_LEARNING_RATES
-    sizes = (settings.batch_size,) if settings.batch_size else GRID_BATCH_SIZES
-    trials = [dataclasses.replace(settings, learning_rate=rate, batch_size=size) for rate in rates for size in sizes]
-    best = None
-    for trial in trials:
-        name = f"learning rate {trial.learning_rate:g}, batch size {trial.batch_size}"
-        result = fine_tune(folder, key, examples, trial, seed, device, f"{title}, {name}")
-        if len(trials) > 1:
-            print(f"  {name}: {results.describe(result.metrics)}", flush=True)
-        if best is None or result.score > best[0].score:
-            best, best_name = (result, trial), name
-    if len(trials) > 1:
-        print(f"  best on dev: {best_name}")
-    return best
-
-
 def prediction_files(result: TrainResult, key: str, examples: dict[str, Examples], settings: Settings, device):
     """File name -> lines: the answers to SQuAD's dev split, or what the GLUE server expects for the test splits."""
     task = TASKS[key]
@@ -275,8 +255,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The flags. Raises InputError."""
     count, fraction = number(int, 1, 10**9), number(float, 0, 1)
     parser = Parser(description="Fine-tune BERT checkpoints on GLUE and SQuAD, and print the results as one table.",
-                    epilog="The dev split that is reported also chooses the best epoch and, with --grid, the learning "
-                    "rate and the batch size.", allow_abbrev=False)
+                    epilog="The dev split that is reported also chooses the best epoch.", allow_abbrev=False)
     add = parser.add_argument_group("data").add_argument
     add("--model", nargs="+", required=True, help="Folders or hub names of the BERT checkpoints.")
     add("--task", nargs="+", required=True, choices=[*TASKS, "all"], metavar="TASK",
@@ -293,9 +272,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--warmup", type=fraction, default=0.1, help="Fraction of steps with a rising learning rate. [%(default)s]")
     add("--weight-decay", type=number(float, 0, 1e9), default=0.01, help="Weight decay of the matrices. [%(default)s]")
     add("--dropout", type=number(float, 0, 0.99), help="Dropout probability. Default: that of the checkpoint.")
-    add = parser.add_argument_group("search").add_argument
-    add("--grid", action="store_true", help="With the first seed, try learning rates from 1e-5 to 1e-4 and batch sizes "
-        "16 and 32, unless they are given, and use the best on the dev split for all seeds.")
     add = parser.add_argument_group("SQuAD").add_argument
     add("--doc-stride", type=count, default=128, help="Tokens from the start of a window to the next. [%(default)s]")
     add("--n-best", type=count, default=20, help="First, and last, tokens to pair in a window. [%(default)s]")
@@ -340,8 +316,7 @@ def open_checkpoint(name: str, args: argparse.Namespace, sources: dict[str, Path
                 "null_threshold": args.null_threshold if key == "squad_v2" else None}
         settings[key] = Settings(
             data="hub" if source is None else str(source.resolve()), weights=fingerprint,
-            learning_rate=args.learning_rate or (None if args.grid else rate),
-            batch_size=args.batch_size or (None if args.grid else batch_size),
+            learning_rate=args.learning_rate or rate, batch_size=args.batch_size or batch_size,
             epochs=args.epochs or epochs, max_steps=args.max_steps,
             max_length=min(args.max_length or max_length, positions),
             warmup=args.warmup, weight_decay=args.weight_decay, dropout=args.dropout, bf16=bf16,
@@ -349,13 +324,8 @@ def open_checkpoint(name: str, args: argparse.Namespace, sources: dict[str, Path
     return Checkpoint(folder, tokenizer, settings)
 
 
-def run_jobs(jobs: list[Job], checkpoints: dict[str, Checkpoint], splits: dict[str, dict], finished: dict[Job, dict],
-             output: Path, device):
-    """Fine-tune and evaluate, and store each result at once.
-
-    splits: task -> its data, from `read_task`. finished: earlier results, whose choices from the grid are reused.
-    """
-    choices = {job[:2]: (entry["learning_rate"], entry["batch_size"]) for job, entry in finished.items()}
+def run_jobs(jobs: list[Job], checkpoints: dict[str, Checkpoint], splits: dict[str, dict], output: Path, device):
+    """Fine-tune and evaluate, and store each result at once. splits: task -> its data, from `read_task`."""
     models = {entry["model"] for entry in results.read_results(output)} | set(checkpoints)
     started = time.perf_counter()
     for (model, key), group in itertools.groupby(jobs, lambda job: job[:2]):
@@ -372,12 +342,9 @@ def run_jobs(jobs: list[Job], checkpoints: dict[str, Checkpoint], splits: dict[s
             job_started = time.perf_counter()
             title = f"{model} {key} seed {job.seed}"
             print(f"{title}: {len(examples['train'].ids):,} training rows", flush=True)
-            rate, batch_size = choices.get((model, key), (settings.learning_rate, settings.batch_size))
-            trial = dataclasses.replace(settings, learning_rate=rate, batch_size=batch_size)
-            result, chosen = search_grid(folder, key, examples, trial, job.seed, device, title)
-            choices[model, key] = chosen.learning_rate, chosen.batch_size
+            result = fine_tune(folder, key, examples, settings, job.seed, device, title)
             target = results.result_folder(output, job, models)
-            predictions = prediction_files(result, key, examples, chosen, device)
+            predictions = prediction_files(result, key, examples, settings, device)
             with results.replace_folder(target) as work:
                 save_task_model(result.net, key, tokenizer, work)
                 for name, lines in predictions.items():
@@ -385,8 +352,7 @@ def run_jobs(jobs: list[Job], checkpoints: dict[str, Checkpoint], splits: dict[s
             seconds = time.perf_counter() - job_started
             results.update_results(output, add=[{
                 **job._asdict(), "metrics": result.metrics, "folder": str(target), "seconds": round(seconds, 2),
-                "epoch": result.epoch, "learning_rate": chosen.learning_rate, "batch_size": chosen.batch_size,
-                "settings": dataclasses.asdict(settings)}])
+                "epoch": result.epoch, "settings": dataclasses.asdict(settings)}])
             done = jobs.index(job) + 1
             minutes_left = (time.perf_counter() - started) / done * (len(jobs) - done) / 60
             capped = f", {result.steps} steps" if settings.max_steps else ""
@@ -410,15 +376,13 @@ def evaluate_models(args: argparse.Namespace):
     jobs_left = [job for job in jobs if job not in finished]
     splits = {key: read_task(key, sources[key]) for key in sources if any(job.task == key for job in jobs_left)}
 
-    # The processes of torchrun share the jobs. All seeds of a grid search go to the same process.
+    # The processes of torchrun share the jobs.
     init_distributed(torch.device("cpu"), datetime.timedelta(days=7))
     if RANK == 0:
         results.update_results(args.output, remove=jobs_left)
     all_gather_objects(None)  # waits for the first process; from here on all of them add results
-    shares = list(dict.fromkeys(job[:2] if args.grid else job for job in jobs_left))
-    mine = [job for job in jobs_left if shares.index(job[:2] if args.grid else job) % WORLD == RANK]
     print("The dev split that is reported also chooses the best epoch.")
-    run_jobs(mine, checkpoints, splits, finished, args.output, device)
+    run_jobs(jobs_left[RANK::WORLD], checkpoints, splits, args.output, device)
     all_gather_objects(None)
 
     entries = [entry for entry in results.read_results(args.output) if results.job_of(entry) in jobs]

@@ -1,8 +1,4 @@
-"""The files of a run: run.json (its flags and where its inputs come from), log.jsonl, and checkpoints.
-
-A checkpoint is a folder that is written atomically. `state.safetensors` holds all tensors, `state.json` the rest, and
-`SHA256SUMS` (readable by sha256sum -c) shows whether they are intact. Nothing in them can execute code.
-"""
+"""The files of a run: run.json (its flags and where its inputs come from), log.jsonl, and checkpoints."""
 
 import argparse
 import hashlib
@@ -20,13 +16,10 @@ import torch
 from torch import nn
 
 from support.distributed import RANK, WORLD
-from support.errors import InputError, one_line
-from support.files import atomic_rename, file_hash, read_json, write_atomically
+from support.errors import InputError
+from support.files import fsync, read_json, write_atomically
 
 CHECKPOINTS_KEPT = 2
-
-# ---- run.json and log.jsonl ----------------------------------------------------------------------------------
-
 
 def check_output(output: Path, overwrite: bool):
     """Refuse a folder that is in use, unless it is an old run that may be overwritten. Raises InputError."""
@@ -78,9 +71,10 @@ def check_fingerprints(output: Path, fingerprints: dict[str, str]):
 
 def program_commit() -> str | None:
     """The git commit of this program, if it runs from a checkout."""
-    git = subprocess.run(["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty"],
-                         capture_output=True, text=True, check=False) if shutil.which("git") else None
-    return git.stdout.strip() or None if git else None
+    if not shutil.which("git"):
+        return None
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
 def truncate_log(path: Path, step: int):
@@ -93,9 +87,6 @@ def truncate_log(path: Path, step: int):
         except (ValueError, KeyError, TypeError):
             continue  # cut off when the earlier process ended
     write_atomically(path, "".join(kept))
-
-
-# ---- Checkpoints ---------------------------------------------------------------------------------------------
 
 
 def state_tensors(module: nn.Module, optimizer: torch.optim.Optimizer, per_unit: dict[str, dict]):
@@ -123,7 +114,11 @@ def restore_moments(module: nn.Module, optimizer: torch.optim.Optimizer, tensors
 
 
 class Checkpoints:
-    """The checkpoints of one run, `folder/step-NUMBER`. A thread writes them while training continues."""
+    """The checkpoints of one run: `folder/step-NUMBER-HASH.safetensors`. A thread writes them while training continues.
+
+    The file holds all tensors and, in its metadata, the rest as JSON; the hash in its name shows whether it is intact.
+    Nothing in it can execute code.
+    """
 
     def __init__(self, folder: Path):
         self.folder, self.thread, self.error = folder, None, None
@@ -131,45 +126,41 @@ class Checkpoints:
     def save(self, step: int, tensors: dict[str, torch.Tensor], record: dict):
         """Write the state after `step` steps; the last two are kept. Raises the error of the previous write, if any."""
         self.wait()
-        self.thread = threading.Thread(target=self.write, args=(step, tensors, record))
+        self.thread = threading.Thread(target=self.write, args=(step, tensors, {"step": step, **record}))
         self.thread.start()
 
     def wait(self):
         """Wait until everything is written. Raises what went wrong, such as the OSError of a full disk."""
         if self.thread is not None:
             self.thread.join()
-            self.thread = None
-        if self.error is not None:
-            error, self.error = self.error, None
+        error, self.thread, self.error = self.error, None, None
+        if error is not None:
             raise error
 
     def write(self, step: int, tensors: dict[str, torch.Tensor], record: dict):
         work = self.folder / "unfinished"
         try:
-            shutil.rmtree(work, ignore_errors=True)
-            work.mkdir(parents=True)
-            (work / "state.safetensors").write_bytes(safetensors.torch.save(tensors))
-            (work / "state.json").write_text(json.dumps({"step": step, **record}, indent=2) + "\n")
-            sums = [f"{file_hash(work / name)}  {name}\n" for name in ("state.json", "state.safetensors")]
-            (work / "SHA256SUMS").write_text("".join(sums))
-            folder = self.folder / f"step-{step:07d}"
-            shutil.rmtree(folder, ignore_errors=True)
-            atomic_rename(work, folder)
+            self.folder.mkdir(exist_ok=True)
+            content = safetensors.torch.save(tensors, metadata={"record": json.dumps(record)})
+            work.write_bytes(content)
+            fsync(work)
+            work.rename(self.folder / f"step-{step:07d}-{hashlib.sha256(content).hexdigest()[:16]}.safetensors")
+            fsync(self.folder)
             for old in self.newest_first()[CHECKPOINTS_KEPT:]:
-                shutil.rmtree(old)
+                old.unlink()
         except Exception as error:  # raised in the training thread by wait()
-            shutil.rmtree(work, ignore_errors=True)  # makes room on a full disk
+            work.unlink(missing_ok=True)  # makes room on a full disk
             self.error = error
 
     def newest_first(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*"), reverse=True)
+        return sorted(self.folder.glob("step-*.safetensors"), reverse=True)
 
     def load_newest(self) -> tuple[dict[str, torch.Tensor], dict] | None:
         """Tensors and record of the newest intact checkpoint, or None if there never was one. Raises InputError if all
         are damaged."""
-        for folder in self.newest_first():
+        for path in self.newest_first():
             try:
-                return read_checkpoint(folder)
+                return read_checkpoint(path)
             except InputError as error:
                 print(f"{error}; trying the one before it")
         if self.newest_first():
@@ -177,14 +168,10 @@ class Checkpoints:
         return None
 
 
-def read_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """Raises InputError, naming the damaged file."""
-    try:
-        lines = (folder / "SHA256SUMS").read_text(errors="replace").splitlines()
-        sums = dict(reversed(line.split("  ", 1)) for line in lines if "  " in line)
-        for name in ("state.json", "state.safetensors"):
-            if file_hash(folder / name) != sums.get(name):
-                raise InputError(f"checkpoint {folder / name} is damaged (wrong checksum)")
-        return safetensors.torch.load_file(folder / "state.safetensors"), read_json(folder / "state.json")
-    except OSError as error:
-        raise InputError(f"checkpoint {folder} is damaged: {one_line(error)}") from None
+def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """Tensors and record of one checkpoint. Raises InputError if it is damaged."""
+    content = path.read_bytes()
+    if not path.stem.endswith(hashlib.sha256(content).hexdigest()[:16]):
+        raise InputError(f"checkpoint {path} is damaged (wrong checksum)")
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return safetensors.torch.load(content), json.loads(header["__metadata__"]["record"])

@@ -1,5 +1,6 @@
 """The losses, the loop and the command line of distill.py, on a teacher of 2 layers x 32."""
 
+import contextlib
 import copy
 import json
 import os
@@ -8,6 +9,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,6 +29,7 @@ from support.checkpoint import (
     wordpiece_tokenizer,
 )
 from support.corpus import tokenise
+from support.evaluation import evaluate
 from support.flags import DATA_FLAGS, EVALUATION_FLAGS, RUN_FLAGS, WIKIPEDIA
 
 ALPHAS = dict.fromkeys(("mlm", "pred", "hidn", "emb", "attn"), 1.0)
@@ -231,6 +234,20 @@ def test_micro_batches_add_up_to_one_batch(run, plain, monkeypatch):
         torch.testing.assert_close(weights(output)[name], tensor, rtol=0, atol=2e-5, msg=name)
 
 
+def test_sensitivity_comes_from_complete_gradients_before_clipping(run, monkeypatch):
+    norms, accumulate = [], prune.accumulate_sensitivity
+
+    def watched(average, model, decay):
+        norms.append(torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item())
+        accumulate(average, model, decay)
+
+    monkeypatch.setattr(prune, "accumulate_sensitivity", watched)
+    code, output = run("--micro-batch-size", 3, "--clip", 1e-3, "--log-every", 1, "--prune-end", 1)
+    logged = [line["gradient_norm"] for line in read_log(output, "train")]  # before clipping
+    last = read_log(output, "prune")[-1]["step"]  # afterwards there is nothing to rank
+    assert code == 0 and norms == pytest.approx(logged[:last], rel=1e-4) and min(norms) > 1e-2
+
+
 def test_the_same_seed_gives_the_same_student_bit_for_bit_and_another_seed_another(run):
     students = []
     for seed in (5, 5, 6):
@@ -333,6 +350,32 @@ def test_a_loss_that_is_not_finite_stops_the_run_in_one_line(run, capsys):
     error = capsys.readouterr().err
     assert code == 2 and error.count("\n") == 1 and "not finite" in error and "step " in error and "mlm " in error
     assert (output / "log.jsonl").exists() and not (output / "student").exists()
+
+
+def test_evaluations_are_means_over_the_held_out_rows_in_micro_batches_of_any_size(folder):
+    """KL(teacher || student), masked-LM losses, accuracies and L_hidn, written out for all rows at once."""
+    teacher, distiller = tiny_distiller(folder)
+    torch.manual_seed(3)
+    for p in distiller.parameters():
+        p.data.add_(torch.randn_like(p) * 0.1)
+    tokenizer = load_tokenizer(folder / "teacher", 100)
+    heldout = data.MaskedRows(tokenise([str(folder / "text.txt")], tokenizer, folder / "cache").heldout, 16, tokenizer)
+    batch = heldout.batch(np.arange(7), seed=0, step=0)
+    with torch.no_grad():
+        t, s = (bert(batch.input_ids, batch.positions) for bert in (teacher, distiller.student))
+        p, q = t.logits.softmax(-1), s.logits.softmax(-1)
+        rows = torch.arange(len(batch.labels))
+        expected = {
+            "hidden_mse": sum(((a - b @ distiller.hidden_projection.weight.T) ** 2).mean()
+                              for a, b in zip(t.hidden, s.hidden, strict=True)) / 2,
+            "kl": (p * (p / q).log()).sum(-1).mean(),
+            "masked_lm_loss": -q[rows, batch.labels].log().mean(),
+            "teacher_masked_lm_loss": -p[rows, batch.labels].log().mean(),
+            "top1": (q.argmax(-1) == batch.labels).float().mean(),
+            "teacher_top1": (p.argmax(-1) == batch.labels).float().mean()}
+    for micro_batch_size in (2, 7):
+        values = evaluate(distiller, teacher, heldout, 7, micro_batch_size, "cpu", contextlib.nullcontext)
+        assert values == pytest.approx({name: value.item() for name, value in expected.items()}, rel=1e-4)
 
 
 # ---- The run folder ------------------------------------------------------------------------------------------

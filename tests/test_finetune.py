@@ -393,36 +393,6 @@ def test_task_defaults_apply_to_flags_that_are_not_given(start, recorded, capsys
     assert set(finetune.TASK_DEFAULTS) == set(TASKS)
 
 
-def test_the_grid_is_searched_once_and_its_choice_reused(start, recorded, tmp_path, capsys):
-    assert start("--grid", "--max-steps", 1, "--seeds", 0) == 0
-    pairs = [(one.learning_rate, one.batch_size) for one in recorded]
-    assert sorted(pairs) == [(rate, size) for rate in (1e-5, 2e-5, 3e-5, 5e-5, 1e-4) for size in (16, 32)]
-    (entry,) = stored(tmp_path)
-    choice = (entry["learning_rate"], entry["batch_size"])
-    assert f"best on dev: learning rate {choice[0]:g}, batch size {choice[1]}" in capsys.readouterr().out
-    recorded.clear()
-    assert start("--grid", "--max-steps", 1, "--seeds", 0, 1) == 0  # the second seed uses the choice of the first
-    assert [(one.seed, one.learning_rate, one.batch_size) for one in recorded] == [(1, *choice)]
-    recorded.clear()
-    assert start("--grid", "--max-steps", 1, "--seeds", 2, 3, "--learning-rate", 0.01) == 0
-    assert [(one.seed, one.learning_rate, one.batch_size) for one in recorded[:2]] == [(2, 0.01, 16), (2, 0.01, 32)]
-    assert [(one.seed, one.batch_size) for one in recorded[2:]] == [(3, stored(tmp_path)[-2]["batch_size"])]
-
-
-def test_the_grid_chooses_the_best_on_dev(checkpoint, monkeypatch):
-    tried = []
-
-    def fine_tune(folder, key, examples, settings, *_):
-        tried.append((settings.learning_rate, settings.batch_size))
-        value = 90.0 if tried[-1] == (3e-5, 32) else 50.0
-        return finetune.TrainResult(None, {"f1": value, "accuracy": value}, None, 1, 1, 1)
-
-    monkeypatch.setattr(finetune, "fine_tune", fine_tune)
-    open_settings = make_settings(learning_rate=None, batch_size=None)
-    result, best = finetune.search_grid(checkpoint, "rte", {}, open_settings, 0, CPU, "")
-    assert (best.learning_rate, best.batch_size, result.score) == (3e-5, 32, 90.0) and len(tried) == 10
-
-
 def test_all_runs_the_tasks_with_data_and_names_the_others(start, tmp_path, capsys):
     root = tmp_path / "data"
     write_glue("cola", root / "CoLA")
@@ -492,7 +462,7 @@ def test_help_describes_every_flag(capsys):
     assert end.value.code == 0
     out = capsys.readouterr().out
     for flag in ("--model", "--task", "--data", "--output", "--seeds", "--epochs", "--max-steps", "--learning-rate",
-                 "--batch-size", "--max-length", "--device", "--precision", "--grid", "--overwrite"):
+                 "--batch-size", "--max-length", "--device", "--precision", "--overwrite"):
         assert out.count(f"{flag} ") + out.count(f"{flag}]") >= 2, flag  # in the usage, and explained
 
 

@@ -337,7 +337,7 @@ def damaged_run(small: Small, rng: random.Random, count: int) -> Trials:
         lost = unclean(code, printed)
         if not lost and code == 0:
             lost = small.lost(output, code, printed, log=file.name != "log.jsonl")
-            if not lost and newest in file.parts and "damaged" not in printed:
+            if not lost and newest == file.name and (output / file).exists() and "damaged" not in printed:
                 lost = "the damage was not reported"
         elif not lost and file.name not in printed:
             lost = f"{file} is not named: {printed[-300:]!r}"

@@ -113,12 +113,11 @@ def test_the_program_exits_with_2_after_a_one_line_error(tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "imdb" in done.stderr
 
 
-@pytest.mark.parametrize("more", [(), ("--grid", "--batch-size", "4")])
-def test_several_processes_share_the_jobs(checkpoint, tmp_path, more):
+def test_several_processes_share_the_jobs(checkpoint, tmp_path):
     """Two processes and three seeds give the same results as one process, each of them computed once."""
     source = write_glue("sst2", tmp_path / "SST-2", train=12, dev=12)
     argv = ["--model", str(checkpoint), "--task", "sst2", "--data", str(source), "--seeds", "0", "1", "2",
-            "--max-steps", "2", "--device", "cpu", "--dropout", "0.1", *more]
+            "--max-steps", "2", "--device", "cpu", "--dropout", "0.1"]
     assert finetune.main([*argv, "--output", str(tmp_path / "one")]) == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "finetune.py"]
     done = subprocess.run([*torchrun, *argv, "--output", str(tmp_path / "two")], capture_output=True, text=True,
@@ -128,7 +127,7 @@ def test_several_processes_share_the_jobs(checkpoint, tmp_path, more):
     one, two = (sorted(stored(tmp_path / name), key=lambda entry: entry["seed"]) for name in ("one", "two"))
     assert [entry["seed"] for entry in two] == [0, 1, 2]
     for entry, other in zip(one, two, strict=True):
-        assert entry["metrics"] == other["metrics"] and entry["learning_rate"] == other["learning_rate"]
+        assert entry["metrics"] == other["metrics"]
         first, second = (load_file(Path(e["folder"]) / "model.safetensors") for e in (entry, other))
         for name, tensor in first.items():  # up to rounding, because the numbers of threads differ
             torch.testing.assert_close(second[name], tensor, rtol=0, atol=1e-6, msg=name)

@@ -62,7 +62,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_older_checkpoints(runs, tmp_pa
     write = Path.write_bytes
 
     def full(path, content):
-        if list((tmp_path / "run" / "checkpoints").glob("step-0000004")):
+        if list((tmp_path / "run" / "checkpoints").glob("step-0000004*")):
             raise OSError(28, "No space left on device", str(path))
         return write(path, content)
 
@@ -70,19 +70,19 @@ def test_a_full_disk_stops_the_run_and_leaves_the_older_checkpoints(runs, tmp_pa
         patch.setattr(Path, "write_bytes", full)
         assert runs.distill(tmp_path / "run", "--save-minutes", 0) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "No space left on device" in error and "state.safetensors" in error
-    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"step-0000003", "step-0000004"}
+    assert error.count("\n") == 1 and "No space left on device" in error
+    names = {path.name[:12] for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert names == {"step-0000003", "step-0000004"}
     assert resume(tmp_path / "run") == 0
     assert_same_end(tmp_path / "run", runs.undisturbed())
 
 
-@pytest.mark.parametrize("name", ["state.safetensors", "state.json", "SHA256SUMS"])
-def test_damage_to_a_checkpoint_is_always_noticed(runs, tmp_path, capsys, name):
+def test_damage_to_a_checkpoint_is_always_noticed(runs, tmp_path, capsys):
     runs.killed(tmp_path / "run", 3, save_every=3)
-    path, = (tmp_path / "run" / "checkpoints").glob(f"*/{name}")
+    path, = (tmp_path / "run" / "checkpoints").iterdir()
     whole = path.read_bytes()
-    for damaged in (b"", whole[: len(whole) // 3], whole[:10] + bytes([whole[10] ^ 8]) + whole[11:], None):
-        path.unlink() if damaged is None else path.write_bytes(damaged)
+    for damaged in (b"", whole[: len(whole) // 3], whole[:10] + bytes([whole[10] ^ 8]) + whole[11:], whole[:-1]):
+        path.write_bytes(damaged)
         assert resume(tmp_path / "run") == 2
         out, error = capsys.readouterr()
         assert "step-0000003" in out and "damaged" in out
