@@ -2,7 +2,7 @@
 
 The student starts as a copy of the teacher. In every step it learns from the teacher on open text and the sensitivity
 of its weights is accumulated; whenever the cubic schedule asks for it, the least important units are sliced out of its
-weight matrices. `distill` below is that loop; the losses stand before it.
+weight matrices. `distill` below is that loop; the losses are defined above it.
 
     python distill.py                                                     demonstration on the CPU, minutes
     python distill.py --teacher bert-base-uncased --target-width 384      the paper's settings, for GPUs
@@ -32,7 +32,8 @@ from support.session import Session
 from support.vocabulary_losses import VocabularyLosses
 
 # ---- The method's settings -----------------------------------------------------------------------------------
-# The defaults are the paper's where it states them; [ours] marks what it leaves open.
+# The defaults are the paper's where they are known to us. Help texts mark the others as "our choice", and what the
+# paper does not have as "our extension".
 
 COMPENSATED = {"align_heads": True, "compensate": True, "prune_start": 1 / 30, "prune_end": 1 / 30}
 SMALL_STUDENT = {"teacher": "bert-base-uncased", "learning_rate": 6e-4}
@@ -47,40 +48,43 @@ PRESETS = {
              "batch_size": 16, "learning_rate": 2e-3},
 }
 METHOD_FLAGS = (
-    Flag("--preset", [], list, f"Named settings, one or more of {', '.join(PRESETS)}. Flags given beside them win. "
-         "homobert-*: the paper's students. compensated: our extensions. imitation: the same without the masked-LM "
-         "loss, for a student as close to its teacher as possible. demo: minutes on a CPU, no network."),
+    Flag("--preset", [], list, f"Named settings, one or more of {', '.join(PRESETS)}. Explicit flags override them. "
+         "homobert-*: the paper's students. compensated: our extensions, with everything pruned at "
+         "once at a thirtieth of the run. imitation: the same without the masked-LM loss, closest to the "
+         "teacher. demo: minutes on a CPU, no network."),
     Flag("--target-width", None, int, "Hidden size D of the student. Default: half of the teacher's."),
     Flag("--target-intermediate", None, int, "Feed-forward size F of the student. Default: in proportion to D."),
-    Flag("--target-heads", None, int, "Attention heads H of the student. Default: as many as divide D."),
+    Flag("--target-heads", None, int, "Attention heads H of the student. Default: the most that divide D into heads no "
+         "wider than the teacher's."),
     Flag("--steps", 28_000, COUNT, "Optimizer steps."),
     Flag("--batch-size", 4096, COUNT, "Rows per step, over all micro-batches and processes."),
     Flag("--learning-rate", 3e-4, NONNEGATIVE, "Peak learning rate. The paper uses 6e-4 for its smaller students."),
     Flag("--warmup", 0.1, FRACTION, "Fraction of the run in which the learning rate rises; then it falls to zero."),
-    Flag("--weight-decay", 0.01, NONNEGATIVE, "Decoupled weight decay of the matrices [ours: BERT's]."),
-    Flag("--clip", 1.0, NONNEGATIVE, "Maximum gradient norm, 0 for none [ours: BERT's]."),
-    Flag("--dropout", 0.0, number(float, 0, 0.99), "Dropout of the student [ours: without it the losses start at 0]."),
-    Flag("--alpha-mlm", 1.0, NONNEGATIVE, "Weight of the masked-LM loss [ours, as all weights]; 0 drops a loss."),
+    Flag("--weight-decay", 0.01, NONNEGATIVE, "Decoupled weight decay of the matrices. Our choice: BERT's."),
+    Flag("--clip", 1.0, NONNEGATIVE, "Maximum gradient norm, 0 for none. Our choice: BERT's."),
+    Flag("--dropout", 0.0, number(float, 0, 0.99), "Dropout of the student. Our choice: none, so that "
+         "the distillation losses start at 0."),
+    Flag("--alpha-mlm", 1.0, NONNEGATIVE, "Weight of the masked-LM loss; 0 drops a loss. All weights are our choice."),
     Flag("--alpha-pred", 1.0, NONNEGATIVE, "Weight of the KL divergence from the teacher's predictions."),
     Flag("--alpha-hidn", 1.0, NONNEGATIVE, "Weight of the distance between layer outputs."),
     Flag("--alpha-emb", 1.0, NONNEGATIVE, "Weight of the distance between embedding outputs."),
     Flag("--alpha-attn", 1.0, NONNEGATIVE, "Weight of the distance between attention scores."),
-    Flag("--temperature", 1.0, number(float, 1e-3, 1e3), "Temperature tau of the KL divergence [ours]."),
-    Flag("--prune-start", 0.0, FRACTION, "Fraction of the run at which pruning starts, t_i [ours]."),
-    Flag("--prune-end", 0.7, FRACTION, "Fraction of the run at which the target shape is reached, t_f [ours]. Equal to "
-         "--prune-start: everything is pruned at once."),
+    Flag("--temperature", 1.0, number(float, 1e-3, 1e3), "Temperature tau of the KL divergence. Our choice."),
+    Flag("--prune-start", 0.0, FRACTION, "Fraction of the run at which pruning starts, t_i. Our choice."),
+    Flag("--prune-end", 0.7, number(float, 0, 0.9), "Fraction of the run at which the target shape is reached, t_f "
+         "(our choice). The rest is for recovery. Equal to --prune-start: all is pruned at once."),
     Flag("--prune-power", 3.0, number(float, 0.1, 100), "Exponent of the schedule. 3 is cubic, 1 is linear."),
     Flag("--granularity", 8, COUNT, "Hidden dimensions pruned at a time; 4 times as many feed-forward neurons, a "
-         "quarter as many dimensions of a head [ours: GPUs prefer multiples of 8]."),
-    Flag("--importance", "sensitivity", ("sensitivity", "magnitude", "random"), "Pruning criterion."),
+         "quarter as many dimensions of a head (our choice: GPUs prefer multiples of 8)."),
+    Flag("--importance", "sensitivity", ("sensitivity", "platon", "magnitude", "random"), "Pruning criterion."),
     Flag("--sensitivity-decay", 0.9, number(float, 0, 0.9999), "Decay of the sensitivities' moving average per step "
-         "[ours: about ten steps, which steadies the ranking]."),
+         "(our choice: about ten steps, which steadies the ranking)."),
     Flag("--init", "teacher", ("teacher", "truncated", "random"), "Where the student starts: as the teacher, which is "
          "the method; or, for comparison, at its target shape with the teacher's first units or with random weights."),
     Flag("--align-heads", False, bool, "Before training, transform the dimensions of every head so that few of them do "
-         "most of its work [ours: pruning heads does less harm]."),
+         "most of its work (our extension: pruning heads does less harm)."),
     Flag("--compensate", False, bool, "Before each prune, let kept units take over the work of pruned ones, as far as "
-         "least squares on training text can express it [ours: pruning does less harm]."),
+         "least squares on training text can express it (our extension: pruning does less harm)."),
 )
 ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-6
 
@@ -108,9 +112,9 @@ def mean_mse(student: list[torch.Tensor], teacher: list[torch.Tensor]):
 
 
 class Distiller(nn.Module):
-    """The student and the projections W_hidn and W_emb, which compare its narrow states with the teacher's.
+    """The student and the projections W_hidn^k (one per layer k) and W_emb, which map its states to the teacher's.
 
-    Both projections start as the identity, so that every distillation loss is exactly zero as long as the student is
+    All projections start as the identity, so that every distillation loss is exactly zero as long as the student is
     the teacher. They are pruned with the hidden group and dropped at export.
     """
 
@@ -118,33 +122,35 @@ class Distiller(nn.Module):
         super().__init__()
         hidden_size = student.config.hidden_size
         self.student = student
-        self.hidden_projection = Linear(hidden_size, hidden_size, bias=False)  # W_hidn
+        self.hidden_projections = nn.ModuleList(
+            Linear(hidden_size, hidden_size, bias=False) for _ in range(student.config.num_hidden_layers))  # W_hidn^k
         self.embedding_projection = Linear(hidden_size, hidden_size, bias=False)  # W_emb
-        for projection in (self.hidden_projection, self.embedding_projection):
+        for projection in (*self.hidden_projections, self.embedding_projection):
             nn.init.eye_(projection.weight)
         self.alphas = {name: alpha for name, alpha in alphas.items() if alpha > 0}
         self.temperature = temperature
 
-    def forward(self, batch: data.Batch, teacher: Output) -> dict[str, torch.Tensor]:
+    def forward(self, batch: data.Batch, teacher: Output, ranking_only: bool = False) -> dict[str, torch.Tensor]:
         """All losses by name, and `loss`, their weighted sum L = L_MLM + a1 L_pred + a2 L_hidn + a3 L_emb + a4 L_attn
-        (HomoDistil, section 3.1). A loss of weight 0 is left out."""
-        student = self.student(batch.input_ids, batch.positions, want_scores="attn" in self.alphas)
+        (HomoDistil, section 3.1). A loss of weight 0 is left out, but for L_MLM if `ranking_only`."""
+        alphas = {"mlm": 1.0} | self.alphas if ranking_only else self.alphas
+        student = self.student(batch.input_ids, batch.positions, want_scores="attn" in alphas)
         losses = {}
-        if "mlm" in self.alphas or "pred" in self.alphas:
+        if "mlm" in alphas or "pred" in alphas:
             losses["mlm"], losses["pred"] = vocabulary_losses(student.logits, teacher.logits, batch.labels,
                                                               self.temperature)
-        if "hidn" in self.alphas:
-            losses["hidn"] = self.hidden_loss(student, teacher)
-        if "emb" in self.alphas:
+        if "hidn" in alphas:
+            losses["hidn"] = mean_mse(self.project_hidden(student.hidden), teacher.hidden)
+        if "emb" in alphas:
             losses["emb"] = mean_mse([self.embedding_projection(student.embedding)], [teacher.embedding])
-        if "attn" in self.alphas:
+        if "attn" in alphas:
             losses["attn"] = mean_mse(student.scores, teacher.scores)
-        losses = {name: losses[name] for name in self.alphas}
-        return {"loss": sum(self.alphas[name] * loss for name, loss in losses.items())} | losses
+        losses = {name: losses[name] for name in alphas}
+        return {"loss": sum(alphas[name] * loss for name, loss in losses.items())} | losses
 
-    def hidden_loss(self, student: Output, teacher: Output):
-        """L_hidn: mean over the layers of MSE(H_t, H_s W_hidn)."""
-        return mean_mse([self.hidden_projection(h) for h in student.hidden], teacher.hidden)
+    def project_hidden(self, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
+        """H_s^k W_hidn^k for the layers k: L times (B,S,D_s) -> (B,S,D_t)."""
+        return [project(h) for project, h in zip(self.hidden_projections, hidden, strict=True)]
 
     def uses_all_parameters(self) -> bool:
         """Whether every parameter gets a gradient in every step."""
@@ -163,8 +169,8 @@ class TrainingState:
     shape: prune.Shape  # of the student
     distiller: Distiller
     optimizer: torch.optim.AdamW
-    sensitivity: dict[str, torch.Tensor]  # group -> (units,), moving average
     lineage: dict[str, torch.Tensor]  # group -> (units,), indices in the teacher
+    statistics: dict[str, dict[str, torch.Tensor]] = dataclasses.field(default_factory=dict)  # of the importance
     engine: nn.Module | None = None  # the distiller, wrapped for several processes
 
     def wrap(self):
@@ -185,13 +191,13 @@ def initial_state(args: argparse.Namespace, session: Session) -> TrainingState:
     if student.bert.pooler is not None:
         student.bert.pooler.requires_grad_(False)  # no loss reaches the pooler; it is only sliced
     distiller = Distiller(student, alphas, args.temperature).to(session.device).train()
-    state = TrainingState(0, session.teacher_shape, distiller, make_optimizer(distiller, args.weight_decay), {},
+    state = TrainingState(0, session.teacher_shape, distiller, make_optimizer(distiller, args.weight_decay),
                           prune.teacher_indices(distiller))
     if session.saved:
         session.restore(state)
     elif args.init != "teacher":  # for comparison: start at the target shape
-        first_units = {group: -indices for group, indices in state.lineage.items()}
-        keep = prune.choose_units(first_units, state.shape, session.target_shape)
+        prefer_first = {group: -indices for group, indices in state.lineage.items()}  # an importance
+        keep = prune.choose_units(prefer_first, state.shape, session.target_shape)
         prune.prune_units(distiller, keep, session.target_shape, state.optimizer, (state.lineage,))
         state.shape = session.target_shape
         if args.init == "random":
@@ -209,7 +215,7 @@ def make_optimizer(distiller: Distiller, weight_decay: float) -> torch.optim.Ada
     belong near the identity."""
     trained = [p for p in distiller.student.parameters() if p.requires_grad]
     no_decay = [p for p in trained if p.dim() == 1]
-    no_decay += [distiller.hidden_projection.weight, distiller.embedding_projection.weight]
+    no_decay += [p.weight for p in (*distiller.hidden_projections, distiller.embedding_projection)]
     groups = [{"params": [p for p in trained if p.dim() == 2], "weight_decay": weight_decay},
               {"params": no_decay, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=0.0, betas=ADAM_BETAS, eps=ADAM_EPS, fused=True)
@@ -225,15 +231,16 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
 # ---- The loop ------------------------------------------------------------------------------------------------
 
 
-def losses_and_gradients(state: TrainingState, teacher: Bert, batch: data.Batch, fraction: float, last: bool, autocast):
+def losses_and_gradients(state: TrainingState, teacher: Bert, batch: data.Batch, fraction: float, is_last: bool,
+                         autocast, ranking_only: bool):
     """Add the gradients of one micro-batch, `fraction` of the global batch, and return its share of the losses.
     Several processes average their gradients in the last micro-batch."""
-    with distributed.sync_only_if(state.engine, last):
+    with distributed.sync_only_if(state.engine, is_last):
         with autocast():
             with torch.no_grad():
                 target = teacher(batch.input_ids, batch.positions, want_scores="attn" in state.distiller.alphas)
-            losses = state.engine(batch, target)
-        (losses["loss"] * fraction * distributed.WORLD).backward()
+            losses = state.engine(batch, target, ranking_only)
+        (losses["loss"] * fraction * distributed.WORLD).backward()  # DDP averages over the WORLD; this makes it a sum
     return {name: loss.detach() * fraction for name, loss in losses.items()}
 
 
@@ -243,16 +250,19 @@ def distill(args: argparse.Namespace, session: Session, state: TrainingState):
     prune_start, prune_end = args.prune_start * args.steps, args.prune_end * args.steps
     start_shape = session.teacher_shape if args.init == "teacher" else session.target_shape
     while state.step < args.steps:
-        # 1. Losses and gradients, one micro-batch at a time.
+        # 1. Losses and gradients, one micro-batch at a time. Before the first prune the student is the teacher, and
+        #    only L_MLM has a gradient. If L_MLM is not trained on, that gradient ranks the units, but takes no step.
+        ranking_only = args.alpha_mlm == 0 and state.shape == session.teacher_shape and session.teacher.cls is not None
         losses: dict[str, torch.Tensor] = {}
-        for batch, fraction, last in session.micro_batches(state):
-            part = losses_and_gradients(state, session.teacher, batch, fraction, last, session.autocast)
+        for batch, fraction, is_last in session.micro_batches(state):
+            part = losses_and_gradients(state, session.teacher, batch, fraction, is_last, session.autocast,
+                                        ranking_only)
             losses = {name: losses.get(name, 0.0) + value for name, value in part.items()}
         losses = distributed.all_reduce_sum(dict(zip(losses, torch.stack([*losses.values()]).tolist(), strict=True)))
 
-        # 2. Importance: complete gradients, before clipping, with the weights that they belong to.
+        # 2. Importance, while the gradients are complete and not clipped and the weights are those they belong to.
         if state.shape != session.target_shape:
-            prune.accumulate_sensitivity(state.sensitivity, distiller, args.sensitivity_decay)
+            prune.accumulate_importance(args.importance, state.statistics, distiller.student, args.sensitivity_decay)
 
         # 3. Clip the gradients; AdamW.
         gradient_norm = nn.utils.clip_grad_norm_(distiller.parameters(), args.clip or float("inf")).item()
@@ -260,23 +270,24 @@ def distill(args: argparse.Namespace, session: Session, state: TrainingState):
         rate = learning_rate(state.step, args.steps, args.learning_rate, args.warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        optimizer.step()
+        if not ranking_only:
+            optimizer.step()
         optimizer.zero_grad()
 
-        # 4. Where the schedule asks for it: rank, choose, prune weights, moments, sensitivities and lineage.
+        # 4. When the schedule asks for it: rank, choose, prune weights, moments, lineage and statistics.
         new_shape = prune.scheduled_shape(state.step + 1, prune_start, prune_end, start_shape, session.target_shape,
                                           args.granularity, args.prune_power)
         if new_shape != state.shape:
             with session.logged_prune(state):
-                importance = prune.unit_importance(args.importance, distiller, state.sensitivity,
+                importance = prune.unit_importance(args.importance, state.statistics, distiller.student,
                                                    args.seed + state.step)
                 keep = prune.choose_units(importance, state.shape, new_shape)
                 distributed.check_same_units(state.step + 1, keep)
                 if args.compensate:
                     compensate(distiller, keep, fit_batches(session, max(map(len, keep.values())), state.step + 1))
-                prune.prune_units(distiller, keep, new_shape, optimizer, (state.sensitivity, state.lineage))
+                prune.prune_units(distiller, keep, new_shape, optimizer, (state.lineage, *state.statistics.values()))
                 state.shape = new_shape
-            state.wrap()
+            state.wrap()  # DDP must be rebuilt around the new parameters
 
         # 5. Log, evaluate and save. A signal stops the run before the next micro-batch.
         state.step += 1

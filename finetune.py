@@ -274,7 +274,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--dropout", type=number(float, 0, 0.99), help="Dropout probability. Default: that of the checkpoint.")
     add = parser.add_argument_group("SQuAD").add_argument
     add("--doc-stride", type=count, default=128, help="Tokens from the start of a window to the next. [%(default)s]")
-    add("--n-best", type=count, default=20, help="First, and last, tokens to pair in a window. [%(default)s]")
+    add("--n-best", type=count, default=20, help="Best start and end tokens to combine per window. [%(default)s]")
     add("--max-answer-length", type=count, default=30, help="Maximum tokens of an answer. [%(default)s]")
     add("--null-threshold", type=number(float, -1e9, 1e9), default=0.0, help="SQuAD 2.0: the answer is empty if its "
         "score exceeds that of the best span by more than this. [%(default)s]")

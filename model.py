@@ -1,11 +1,11 @@
 """BERT (Devlin et al., 2019) with explicit widths, so that it can be pruned while it is trained.
 
-Every weight sits in one of three layers, Linear, Embedding and LayerNorm, and each of them can be sliced in place along
-a named axis. prune.py says which axes belong together. The inner width of attention (H*K) is independent of the hidden
-size D, because between two prunes D need not be a multiple of H. Modules are named as in `transformers`, so a state
-dict of this model is a standard checkpoint; support/checkpoint.py loads and saves it.
+Every weight but the decoder bias sits in one of three layers, Linear, Embedding and LayerNorm. Each can be sliced in
+place along a named axis, and prune.py says which axes belong together. The inner width of attention (H*K) is
+independent of the hidden size D, because between two prunes D need not be a multiple of H. Modules are named as in
+`transformers`, so a state dict of this model is a standard checkpoint; support/checkpoint.py loads and saves it.
 
-One alphabet of shape letters in every file:
+Shape letters, the same in every file:
     B batch         S sequence     D hidden size   H heads   K head size   F intermediate (feed-forward) size
     V vocabulary    L layers       M masked positions in the batch
 """

@@ -1,10 +1,10 @@
 """Pruning the width of a BERT while it is trained (HomoDistil: Liang et al., ICLR 2023, section 3 and algorithm 1).
 
-The four parts stand in this order: which weights are pruned together, how important each unit is, how many units the
+The four parts are, in order: which weights are pruned together, how important each unit is, how many units the
 schedule keeps, and the pruning itself. Shape letters as in model.py.
 
 A *unit* is one neuron: a hidden dimension, a feed-forward neuron, or a dimension of a head. A *group* is a set of units
-that one index set prunes, named by a key:
+that are pruned by the same indices, named by a key:
     hidden             D units; one group for the whole model, because of the residual stream
     feed_forward.l     F units of layer l
     query_key.l        H*K units of layer l, ordered by head: rows of W_q and of W_k
@@ -21,7 +21,6 @@ import torch
 from torch import nn
 
 from model import Bert, BertConfig, Sliceable
-from support.errors import InputError
 
 # ---- Which weights are pruned together -----------------------------------------------------------------------
 # The structure table: layer -> axis -> group. It drives the slicing of parameters, gradients, Adam moments and
@@ -44,7 +43,7 @@ STRUCTURE = {
     "bert.pooler.dense": {"out": "hidden", "in": "hidden"},
     "cls.predictions.transform.dense": {"out": "hidden", "in": "hidden"},
     "cls.predictions.transform.LayerNorm": {"width": "hidden"},
-    "hidden_projection": {"in": "hidden"},
+    "hidden_projections.*": {"in": "hidden"},
     "embedding_projection": {"in": "hidden"},
 }
 
@@ -54,8 +53,8 @@ def structure(model: nn.Module) -> dict[str, dict[str, str]]:
     table = {}
     for name, layer in model.named_modules():
         if isinstance(layer, Sliceable):
-            number = re.search(r"\.layer\.(\d+)\.", name)
-            row = STRUCTURE[re.sub(r"\.layer\.\d+\.", ".layer.*.", name.removeprefix("student."))]
+            number = re.search(r"\.(\d+)\b", name)  # of the layer
+            row = STRUCTURE[re.sub(r"\.\d+\b", ".*", name.removeprefix("student."))]
             table[name] = {axis: group.replace("*", number[1]) if number else group for axis, group in row.items()}
     return table
 
@@ -82,17 +81,20 @@ def teacher_indices(model: nn.Module) -> dict[str, torch.Tensor]:
 
 # ---- How important each unit is ------------------------------------------------------------------------------
 
+PLATON_DECAY = 0.85  # of both averages, as in PLATON's scripts
 
-def sum_per_unit(model: nn.Module, score: Callable[[nn.Parameter], torch.Tensor | None]) -> dict[str, torch.Tensor]:
-    """Sum the scores of all weights of each unit: group -> (units,).
+
+def sum_per_unit(bert: Bert, score: Callable[[str, nn.Parameter], torch.Tensor | None]) -> dict[str, torch.Tensor]:
+    """Sum the scores of all trained weights of each unit: group -> (units,).
 
     `score` returns a tensor of its parameter's shape, or None to skip the parameter. A weight of a matrix counts for
-    the unit of its row and for the unit of its column.
+    the unit of its row and for the unit of its column. The pooler is not trained and does not count, nor do the
+    projections, which are not part of the student.
     """
-    parameters = dict(model.named_parameters())
+    parameters = dict(bert.named_parameters())
     sums: dict[str, torch.Tensor] = {}
-    for name, dimensions in tensor_axes(model).items():
-        values = score(parameters[name])
+    for name, dimensions in tensor_axes(bert).items():
+        values = score(name, parameters[name]) if parameters[name].requires_grad else None
         if values is None:
             continue
         for dimension, group in dimensions.items():
@@ -102,25 +104,41 @@ def sum_per_unit(model: nn.Module, score: Callable[[nn.Parameter], torch.Tensor 
 
 
 @torch.no_grad()
-def accumulate_sensitivity(average: dict[str, torch.Tensor], model: nn.Module, decay: float):
-    """Update the moving average of the sensitivities, in place. It is empty before the first step.
+def accumulate_importance(criterion: str, statistics: dict[str, dict[str, torch.Tensor]], bert: Bert, decay: float):
+    """Update the moving averages behind the criterion, in place. They are empty before the first step.
 
     The sensitivity of a weight is |theta * dL/dtheta|, a first-order estimate of how much the loss would change without
     it; that of a unit is the L1 norm over its weights, so the absolute value comes before the sum (HomoDistil, section
     3.2). Call this with complete gradients, before clipping, while the weights are those the gradients belong to.
+
+    "sensitivity" averages per unit with `decay`. "platon" (Zhang et al., ICML 2022) averages per weight, with decay
+    0.85, the sensitivity and its distance from that average, the uncertainty.
     """
-    sums = sum_per_unit(model, lambda p: None if p.grad is None else (p * p.grad).abs_())
-    for group, new in sums.items():
-        average[group] = average[group].mul_(decay).add_(new, alpha=1 - decay) if group in average else new
+    def average(name: str, key: str, new: torch.Tensor, decay: float) -> torch.Tensor:
+        values = statistics.setdefault(name, {})
+        values[key] = values[key].mul_(decay).add_(new, alpha=1 - decay) if key in values else new
+        return values[key]
+
+    if criterion == "sensitivity":
+        for group, new in sum_per_unit(bert, lambda _, p: None if p.grad is None else (p * p.grad).abs_()).items():
+            average("sensitivity", group, new, decay)
+    elif criterion == "platon":
+        for name, p in bert.named_parameters():
+            if p.grad is not None:
+                sensitivity = (p * p.grad).abs_()
+                mean = average("mean", name, sensitivity.clone(), PLATON_DECAY)
+                average("uncertainty", name, (sensitivity - mean).abs_(), PLATON_DECAY)
 
 
 @torch.no_grad()
-def unit_importance(criterion: str, model: nn.Module, sensitivity: dict[str, torch.Tensor], seed: int):
-    """group -> importance (units,): the averaged sensitivity or, for comparison, the L1 norm of the weights
-    ("magnitude") or noise ("random")."""
+def unit_importance(criterion: str, statistics: dict[str, dict[str, torch.Tensor]], bert: Bert, seed: int):
+    """group -> importance (units,): the averaged sensitivity; PLATON's sensitivity times uncertainty; or, for
+    comparison, the L1 norm of the weights ("magnitude") or noise ("random")."""
     if criterion == "sensitivity":
-        return sensitivity
-    magnitude = sum_per_unit(model, torch.abs)
+        return statistics["sensitivity"]
+    if criterion == "platon":
+        return sum_per_unit(bert, lambda name, _: statistics["mean"][name] * statistics["uncertainty"][name])
+    magnitude = sum_per_unit(bert, lambda _, p: p.abs())
     if criterion == "magnitude":
         return magnitude
     generator = torch.Generator().manual_seed(seed)
@@ -139,42 +157,6 @@ class Shape(NamedTuple):
     @classmethod
     def of(cls, config: BertConfig) -> "Shape":
         return cls(config.hidden_size, config.intermediate_size, config.num_attention_heads, config.attention_head_size)
-
-
-def possible_heads(hidden_size: int, config: BertConfig) -> list[int]:
-    """The numbers of heads for a student of `hidden_size`, largest first, down to half of the teacher's. They divide
-    the hidden size, because `transformers` requires H * K = D, into heads no wider than the teacher's."""
-    teacher_heads = config.num_attention_heads
-    return [heads for heads in range(teacher_heads, (teacher_heads - 1) // 2, -1)
-            if hidden_size % heads == 0 and hidden_size // heads <= config.attention_head_size]
-
-
-def target_shape(config: BertConfig, hidden_size: int, intermediate_size: int | None = None,
-                 heads: int | None = None) -> Shape:
-    """The student's final shape for a teacher `config`. F is in proportion to D and H is the largest possible number,
-    unless they are given. Raises InputError for a shape that is not below the teacher's or has no possible heads."""
-    if not 0 < hidden_size < config.hidden_size:
-        raise InputError(f"target width {hidden_size} must be from 1 to {config.hidden_size - 1}, below the teacher's "
-                         f"{config.hidden_size}")
-    if intermediate_size is None:
-        intermediate_size = max(1, round(config.intermediate_size * hidden_size / config.hidden_size))
-    if not 0 < intermediate_size <= config.intermediate_size:
-        raise InputError(f"target intermediate width {intermediate_size} must be from 1 to the teacher's "
-                         f"{config.intermediate_size}")
-    if heads is None:
-        heads = max(possible_heads(hidden_size, config), default=None)
-        if heads is None:
-            usable = [width for width in range(1, config.hidden_size) if possible_heads(width, config)]
-            nearest = sorted(sorted(usable, key=lambda width: abs(width - hidden_size))[:2])
-            raise InputError(f"target width {hidden_size} cannot be divided into {-(-config.num_attention_heads // 2)} "
-                             f"to {config.num_attention_heads} heads of at most {config.attention_head_size} "
-                             f"dimensions: use width {' or '.join(map(str, nearest))}, or set --target-heads")
-    elif not 0 < heads <= config.num_attention_heads:
-        raise InputError(f"target heads {heads} must be from 1 to the teacher's {config.num_attention_heads}")
-    elif hidden_size % heads or hidden_size // heads > config.attention_head_size:
-        raise InputError(f"target heads {heads} do not divide width {hidden_size} into equal heads of at most "
-                         f"{config.attention_head_size} dimensions, the teacher's")
-    return Shape(hidden_size, intermediate_size, heads, hidden_size // heads)
 
 
 def fraction_to_prune(step: float, start: float, end: float, power: float = 3) -> float:
@@ -246,49 +228,49 @@ def choose_units(importance: dict[str, torch.Tensor], shape: Shape, new_shape: S
 
 @torch.no_grad()
 def prune_units(model: nn.Module, keep: dict[str, torch.Tensor], new_shape: Shape,
-                optimizer: torch.optim.Optimizer | None = None, per_unit: tuple[dict[str, torch.Tensor], ...] = ()):
-    """Slice a model to the units in `keep`, in place, and everything else that has an entry per unit.
+                optimizer: torch.optim.Optimizer | None = None, tensors: tuple[dict[str, torch.Tensor], ...] = ()):
+    """Slice, in place, the model and all tensors with an entry per unit or per weight to the units in `keep`.
 
     model: a Bert or a module that holds one as `student`. The optimizer keeps the moments of the kept weights.
-    per_unit: dictionaries group -> (units,), such as sensitivities. No full-size tensor is referenced afterwards.
+    tensors: dictionaries with a vector per group or a tensor per parameter of the Bert, such as the lineage and the
+    statistics of importance. No full-size tensor is referenced afterwards.
     """
     bert: Bert = getattr(model, "student", model)
+    axes = tensor_axes(model) | tensor_axes(bert) | {group: {0: group} for group in keep}
+
+    def sliced(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        for dimension, group in axes.get(name, {}).items():
+            tensor = tensor.index_select(dimension, keep[group]) if group in keep else tensor
+        return tensor
+
     before = dict(model.named_parameters())
     for name, row in structure(model).items():
         for axis, group in row.items():
             if group in keep:
                 model.get_submodule(name).slice_(axis, keep[group])
     after = dict(model.named_parameters())
+    for values in tensors:
+        values |= {name: sliced(name, tensor) for name, tensor in values.items()}
+    if optimizer is not None:
+        replacement = {before[name]: after[name] for name in before}
+        for param_group in optimizer.param_groups:
+            param_group["params"] = [replacement[p] for p in param_group["params"]]
+        for name, old in before.items():
+            if old in optimizer.state:
+                state = optimizer.state.pop(old)
+                state |= {key: sliced(name, state[key]) for key in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[after[name]] = state
 
-    # Scores are q.k / sqrt(K). They may change by what was pruned, but not because the divisor changes.
+    # Scores are q.k / sqrt(K). They may change by what was pruned, but not because the divisor changes. The gradient
+    # with respect to the rescaled W_q is larger by the inverse factor, so Adam's moments are rescaled, too.
     scale = (new_shape.head_size / bert.config.attention_head_size) ** 0.5
     for layer in bert.bert.layers:
         layer.num_heads = new_shape.num_heads
-        layer.attention["self"].query.weight.mul_(scale)
-        layer.attention["self"].query.bias.mul_(scale)
+        query = layer.attention["self"].query
+        for parameter in (query.weight, query.bias):
+            parameter.mul_(scale)
+            if optimizer is not None and parameter in optimizer.state:
+                optimizer.state[parameter]["exp_avg"].div_(scale)
+                optimizer.state[parameter]["exp_avg_sq"].div_(scale**2)
     bert.config.hidden_size, bert.config.intermediate_size = new_shape.hidden_size, new_shape.intermediate_size
     bert.config.num_attention_heads, bert.config.attention_head_size = new_shape.num_heads, new_shape.head_size
-
-    for vectors in per_unit:
-        for group in keep.keys() & vectors.keys():
-            vectors[group] = vectors[group][keep[group]]
-    if optimizer is not None:
-        replaced = {before[name]: after[name] for name in after if after[name] is not before[name]}
-        for param_group in optimizer.param_groups:
-            param_group["params"] = [replaced.get(p, p) for p in param_group["params"]]
-        slice_moments(model, optimizer, before, replaced, keep)
-
-
-def slice_moments(model: nn.Module, optimizer: torch.optim.Optimizer, before: dict[str, nn.Parameter],
-                  replaced: dict[nn.Parameter, nn.Parameter], keep: dict[str, torch.Tensor]):
-    """Slice the Adam moments of every parameter in `replaced` (old -> new) like the parameter itself."""
-    for name, dimensions in tensor_axes(model).items():
-        old = before[name]
-        if old in replaced and old in optimizer.state:
-            state = optimizer.state.pop(old)
-            for key, value in state.items():
-                if value.shape == old.shape:  # exp_avg and exp_avg_sq; `step` is a scalar
-                    for dimension, group in dimensions.items():
-                        value = value.index_select(dimension, keep[group]) if group in keep else value
-                    state[key] = value
-            optimizer.state[replaced[old]] = state

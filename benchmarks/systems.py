@@ -23,6 +23,7 @@ from distill import ADAM_BETAS, ADAM_EPS, Distiller, mean_mse
 from model import Bert, BertConfig, Output, mean_attention_scores
 from prune import Shape
 from support.distributed import synchronized_time
+from support.shapes import target_shape
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 SHAPES = {  # teacher, tokens per row, rows per step on the CPU
@@ -90,7 +91,8 @@ class Ours:
         self.apply_masks()
 
     def accumulate_sensitivity(self):
-        prune.accumulate_sensitivity(self.sensitivity, self.distiller, PAPER.sensitivity_decay)
+        prune.accumulate_importance("sensitivity", {"sensitivity": self.sensitivity}, self.distiller.student,
+                                    PAPER.sensitivity_decay)
 
     def apply_masks(self):
         """Nothing to do: pruned units do not exist."""
@@ -99,7 +101,7 @@ class Ours:
         """Prune to `new_shape` and return the seconds that it took."""
         start = synchronized_time(self.device)
         keep = prune.choose_units(importance, self.shape, new_shape)
-        prune.prune_units(self.distiller, keep, new_shape, self.optimizer, (self.sensitivity, self.lineage))
+        prune.prune_units(self.distiller, keep, new_shape, self.optimizer, (self.lineage, self.sensitivity))
         self.shape = new_shape
         return synchronized_time(self.device) - start
 
@@ -174,7 +176,9 @@ class StockBest(Ours):
     @torch.no_grad()
     def accumulate_sensitivity(self):
         sums: dict[str, torch.Tensor] = {}
-        for p, dimensions in self.prunable.values():
+        for name, (p, dimensions) in self.prunable.items():
+            if "projection" in name:  # not a part of the student
+                continue
             values = (p * p.grad).abs_()
             for dimension, group in dimensions.items():
                 total = values.sum(1 - dimension) if values.dim() == 2 else values
@@ -210,7 +214,7 @@ class ResearchDistiller(Distiller):
         divergence = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)  # (B,S)
         losses = {"mlm": F.cross_entropy(student.logits.flatten(0, 1).float(), labels),
                   "pred": divergence.flatten()[labels >= 0].mean(),
-                  "hidn": self.hidden_loss(student, teacher),
+                  "hidn": mean_mse(self.project_hidden(student.hidden), teacher.hidden),
                   "emb": mean_mse([self.embedding_projection(student.embedding)], [teacher.embedding]),
                   "attn": mean_mse(student.scores, teacher.scores)}
         return {"loss": sum(losses.values())} | losses
@@ -256,7 +260,7 @@ def masked_positions(seq_length: int) -> int:
 
 
 def target(config: BertConfig) -> Shape:
-    return prune.target_shape(config, config.hidden_size // 2)
+    return target_shape(config, config.hidden_size // 2)
 
 
 def random_batch(shape: str, rows: int, device) -> Batch:
@@ -301,7 +305,7 @@ def check_all(shape: str, device):
     with torch.no_grad():
         check_agreement(systems, batch, "at full width")
         inner = ours.target_shape._replace(hidden_size=ours.shape.hidden_size)
-        ours.prune_to(inner, prune.unit_importance("magnitude", ours.distiller, {}, 0))
+        ours.prune_to(inner, prune.unit_importance("magnitude", {}, ours.distiller.student, 0))
         for name in PEERS:
             systems[name].prune_to(inner, ours.lineage)
         check_agreement(systems, batch, "with inner widths halved")

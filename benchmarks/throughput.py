@@ -79,7 +79,7 @@ def peak_memory(shapes: list[Shape], *system) -> list[float]:
     (running,), peaks = SYSTEM, []
     for new_shape in shapes:
         if new_shape != running.shape:
-            running.prune_to(new_shape, prune.unit_importance("magnitude", running.distiller, {}, 0))
+            running.prune_to(new_shape, prune.unit_importance("magnitude", {}, running.distiller.student, 0))
         peak_memory_mb(running.device)
         for _ in range(2):  # the first step creates Adam's moments
             running.step(BATCHES)

@@ -48,7 +48,7 @@ def batch_and_step(cache: Path, corpus: str, repeats: int) -> dict:
     tokenizer = teacher_tokenizer()
     rows = MaskedRows(tokenise_corpora([corpus], tokenizer, cache).train, seq_length, tokenizer)
     system = build("small", ["ours"], device, bf16=False)["ours"]
-    system.prune_to(target(config), prune.unit_importance("magnitude", system.distiller, {}, 0))
+    system.prune_to(target(config), prune.unit_importance("magnitude", {}, system.distiller.student, 0))
     batches = [random_batch("small", rows_per_step, device)]
     system.step(batches)
     seconds = {"batch": [], "step": []}

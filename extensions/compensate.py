@@ -100,14 +100,10 @@ def compensate(distiller: nn.Module, keep: dict[str, torch.Tensor], batches: Ite
         return
     if bert.cls is not None:
         refit_decoder(bert, moments[bert.cls["predictions"].transform["LayerNorm"]])
-    # Neither projection has a bias, so their fits have no c. One W_hidn reads the outputs of all layers.
-    all_layers = Moments(keep["hidden"])
-    for layer in bert.bert.layers:
-        all_layers.kept = all_layers.kept + moments[layer.output.LayerNorm].kept
-        all_layers.cross = all_layers.cross + moments[layer.output.LayerNorm].cross
-    embedding = moments[bert.bert.embeddings.LayerNorm]
-    replace_columns(distiller.embedding_projection, keep["hidden"], embedding.fit(constant=False))
-    replace_columns(distiller.hidden_projection, keep["hidden"], all_layers.fit(constant=False))
+    norms = [bert.bert.embeddings.LayerNorm, *(layer.output.LayerNorm for layer in bert.bert.layers)]
+    projections = [distiller.embedding_projection, *distiller.hidden_projections]
+    for norm, projection in zip(norms, projections, strict=True):  # no projection has a bias, so the fits have no c
+        replace_columns(projection, keep["hidden"], moments[norm].fit(constant=False))
 
 
 class Place(NamedTuple):

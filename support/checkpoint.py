@@ -92,7 +92,10 @@ def load_model(folder: Path) -> Bert:
     """
     config = load_config(folder)
     tensors = {standard_name(name): tensor for name, tensor in read_tensors(folder).items()}
-    ignored = r"bert\.embeddings\.position_ids|cls\.seq_relationship\..*"  # not weights of this model
+    if heads := {name.split(".")[1] for name in tensors if re.match(r"bert\.(classifier|qa_outputs)\.", name)}:
+        print(f"{folder}: the head of another task ({', '.join(sorted(heads))}) is dropped")
+    # These are not weights of this model.
+    ignored = r"bert\.embeddings\.position_ids|cls\.seq_relationship\..*|bert\.(classifier|qa_outputs)\..*"
     tensors = {name: tensor for name, tensor in tensors.items() if not re.fullmatch(ignored, name)}
     bias, decoder = (tensors.pop(f"cls.predictions.decoder.{kind}", None) for kind in ("bias", "weight"))
     if bias is not None:

@@ -195,7 +195,7 @@ class Tokens:
 def corpus_key(files: list[Path], demo: bool, tokenizer: Tokenizer) -> str:
     """A hash of everything that the cached tokens depend on: contents, tokenizer and the constants above."""
     version = importlib.metadata.version("tokenizers")
-    digest = hashlib.sha256(repr((3, demo, PIECE, TOKENISE_AT_ONCE, HELDOUT_EVERY, HELDOUT_TOKENS, version)).encode())
+    digest = hashlib.sha256(repr((4, demo, PIECE, TOKENISE_AT_ONCE, HELDOUT_EVERY, HELDOUT_TOKENS, version)).encode())
     digest.update(tokenizer.to_str().encode())
     for file in files:
         with open(file, "rb") as stream:

@@ -8,35 +8,48 @@ import torch.nn.functional as F
 
 from data import MaskedRows
 from model import Bert
-from support.distributed import all_reduce_sum, rank_slice, synchronized_time
+from support.distributed import all_gather_objects, rank_slice, synchronized_time
 
 
 @torch.no_grad()
 def evaluate(distiller, teacher: Bert, heldout: MaskedRows, count: int, micro_batch_size: int, device, autocast):
-    """Means over `count` held-out rows, whose masks are always the same: L_hidn and, over the masked positions,
-    KL(teacher || student) in nats and masked-LM loss and top-1 accuracy of both (these need a masked-LM head).
-    The processes share the rows."""
+    """Means over `count` rows, spread over the held-out part, with masks that are always the same; and under NAME_se
+    their standard errors over the rows.
+
+    hidden_mse is L_hidn. With a masked-LM head, over the masked positions: kl, KL(teacher || student) in nats;
+    masked_lm_loss and top1 accuracy, also as teacher_*; and more_than_teacher, the difference of the masked-LM losses,
+    whose paired standard error is smaller than that of either loss. The processes share the rows.
+    """
     distiller.eval()
-    sums: dict[str, float] = {}
+    rows: dict[str, list[float]] = {}  # name -> a value per row
     first, last = rank_slice(count)
     for begin in range(first, last, micro_batch_size):
-        indices = np.arange(begin, min(begin + micro_batch_size, last))
-        batch = heldout.batch(indices, seed=0, step=0, first=begin).to(device)
+        numbers = np.arange(begin, min(begin + micro_batch_size, last))
+        batch = heldout.batch(numbers * len(heldout) // count, seed=0, step=0, first=begin).to(device)
         with autocast():
             outputs = {"": distiller.student(batch.input_ids, batch.positions),
                        "teacher_": teacher(batch.input_ids, batch.positions)}
-            values = {"hidden_mse": distiller.hidden_loss(outputs[""], outputs["teacher_"])}
+            projected = distiller.project_hidden(outputs[""].hidden)
+        squares = [F.mse_loss(s.float(), t.float(), reduction="none").mean((1, 2))  # (B,)
+                   for s, t in zip(projected, outputs["teacher_"].hidden, strict=True)]
+        values = {"hidden_mse": sum(squares) / len(squares)}
         if teacher.cls is not None:
-            student_log_q, teacher_log_p = (F.log_softmax(o.logits.float(), dim=-1) for o in outputs.values())  # (M,V)
-            values["masked_lm_loss"] = F.nll_loss(student_log_q, batch.labels)
-            values["kl"] = F.kl_div(student_log_q, teacher_log_p, log_target=True, reduction="batchmean")
-            values["teacher_masked_lm_loss"] = F.nll_loss(teacher_log_p, batch.labels)
-            for name, output in outputs.items():
-                values[f"{name}top1"] = (output.logits.argmax(-1) == batch.labels).float().mean()
-        for name, value in values.items():
-            sums[name] = sums.get(name, 0.0) + value.item() * len(batch.input_ids)
+            log_q, log_p = (F.log_softmax(output.logits.float(), dim=-1) for output in outputs.values())  # (M,V)
+            values["kl"] = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)  # (M,)
+            for name, log in (("", log_q), ("teacher_", log_p)):
+                values[f"{name}masked_lm_loss"] = F.nll_loss(log, batch.labels, reduction="none")
+                values[f"{name}top1"] = (log.argmax(-1) == batch.labels).float()
+            values["more_than_teacher"] = values["masked_lm_loss"] - values["teacher_masked_lm_loss"]
+        for name, value in values.items():  # every row has as many masked positions
+            rows.setdefault(name, []).extend(value.view(len(numbers), -1).mean(1).tolist())
     distiller.train()
-    return {name: value / count for name, value in all_reduce_sum(sums).items()}
+    gathered = all_gather_objects(rows)
+    result = {}
+    for name in gathered[-1]:  # a process without rows has no names; the last one has rows
+        values = np.concatenate([each.get(name, []) for each in gathered])
+        result[name] = float(values.mean())
+        result[f"{name}_se"] = float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("inf")
+    return result
 
 
 @torch.no_grad()
@@ -54,7 +67,7 @@ def milliseconds_per_row(models: list[Bert], rows: MaskedRows, device, autocast)
 
 
 def end_table(teacher: Bert, student: Bert, result: dict, milliseconds: list[float]) -> str:
-    """Teacher and student side by side."""
+    """Teacher and student side by side, with standard errors over the held-out rows."""
     configs = teacher.config, student.config
     counts = teacher.parameter_count(), student.parameter_count()
     rows = {"": ("teacher", "student"),
@@ -62,10 +75,14 @@ def end_table(teacher: Bert, student: Bert, result: dict, milliseconds: list[flo
             "heads x head size": [f"{c.num_attention_heads} x {c.attention_head_size}" for c in configs],
             "parameters": [f"{count:,}" for count in counts],
             "file in float32, MB": [f"{4 * count / 1e6:.1f}" for count in counts]}
+    def value(name: str, form: str = ".3f") -> str:
+        return f"{result[name]:{form}} ± {result[f'{name}_se']:{form}}"
+
     if "kl" in result:
-        rows["held-out masked-LM loss"] = f"{result['teacher_masked_lm_loss']:.3f}", f"{result['masked_lm_loss']:.3f}"
-        rows["held-out top-1 accuracy"] = f"{result['teacher_top1']:.1%}", f"{result['top1']:.1%}"
-        rows["KL to the teacher, nats"] = "0", f"{result['kl']:.3f}"
-    rows["hidden states, MSE"] = "0", f"{result['hidden_mse']:.4f}"
+        rows["held-out masked-LM loss"] = value("teacher_masked_lm_loss"), value("masked_lm_loss")
+        rows["its difference, paired"] = "0", value("more_than_teacher", "+.3f").replace("± +", "± ")
+        rows["held-out top-1 accuracy"] = value("teacher_top1", ".1%"), value("top1", ".1%")
+        rows["KL to the teacher, nats"] = "0", value("kl")
+    rows["hidden states, MSE"] = "0", value("hidden_mse", ".4f")
     rows["milliseconds per row"] = [f"{ms:.2f}" for ms in milliseconds]
-    return "\n".join(f"{name:<28}{a:>14}{b:>14}" for name, (a, b) in rows.items())
+    return "\n".join(f"{name:<28}{a:>18}{b:>18}" for name, (a, b) in rows.items())

@@ -58,7 +58,7 @@ RUN_FLAGS = (
     Flag("--resume", False, bool, "Resume the run in --output with its original flags, from its last checkpoint."),
     Flag("--save-minutes", 15.0, NONNEGATIVE, "Minutes between checkpoints."),
     Flag("--micro-batch-size", None, COUNT, "Rows that a process computes at a time. Fewer rows need less memory and "
-         "change the result by rounding only. Default: what fits into the GPU's free memory, 64 on a CPU."),
+         "change the result by rounding only. Default: what fits into the GPU's free memory; at most 64 on a CPU."),
     Flag("--seed", 0, number(int, 0, 2**32 - 1), "Seed of row order, masks and dropout."),
     Flag("--device", "auto", str, "cpu, cuda or cuda:N. auto uses a GPU if there is one."),
     Flag("--precision", "auto", ("auto", "fp32", "bf16"), "Precision of matmuls. auto is bf16 on a GPU, else fp32."),
@@ -67,11 +67,11 @@ RUN_FLAGS = (
 )
 EVALUATION_FLAGS = (
     Flag("--eval-every", None, COUNT, "Steps between evaluations on held-out text. Default: a tenth of the run."),
-    Flag("--eval-rows", 128, COUNT, "Held-out rows per evaluation."),
+    Flag("--eval-rows", 1024, COUNT, "Held-out rows per evaluation, or all if there are fewer."),
     Flag("--eval-prunes", False, bool, "Also evaluate right before and after every prune; written to log.jsonl."),
     Flag("--log-every", 10, COUNT, "Steps between lines in log.jsonl."),
 )
-MAY_CHANGE_ON_RESUME = {  # these have no bearing on the student
+MAY_CHANGE_ON_RESUME = {  # these change the student by rounding at most
     "output", "overwrite", "resume", "save_minutes", "cache_dir", "eval_every", "eval_rows", "eval_prunes", "log_every",
     "micro_batch_size", "device"}
 
@@ -81,7 +81,8 @@ def parse_flags(argv: list[str] | None, description: str, method_flags: tuple[Fl
     """The flags of distill.py: the defaults, then those of the presets, then what is given; with --resume those that
     the run started with. Raises InputError."""
     groups = {"method": method_flags, "data": DATA_FLAGS, "run": RUN_FLAGS, "evaluation": EVALUATION_FLAGS}
-    parser = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = Parser(usage="%(prog)s [flags]", description=description, allow_abbrev=False,
+                    argument_default=argparse.SUPPRESS)
     for title, flags in groups.items():
         group = parser.add_argument_group(title)
         for flag in flags:
@@ -106,7 +107,8 @@ def parse_flags(argv: list[str] | None, description: str, method_flags: tuple[Fl
 
 def add_flag(group, flag: Flag):
     default = " ".join(flag.default) if flag.kind is list else flag.default
-    options = {"help": f"{flag.help} [{default}]" if default not in ("", None, False) else flag.help}
+    hidden = default is None or default is False or default == ""
+    options = {"help": flag.help if hidden else f"{flag.help} [{default}]"}
     if flag.kind is bool:
         options["action"] = "store_true"
     elif flag.kind is list:

@@ -1,5 +1,5 @@
 """What surrounds the training loop of distill.py: teacher, text and device, micro-batches, the log, evaluations,
-checkpoints and signals. The loop can be understood without this file."""
+checkpoints and signals. Of these the loop needs `micro_batches`; the rest can be skipped when reading the method."""
 
 import contextlib
 import datetime
@@ -22,6 +22,7 @@ from support.errors import InputError, Interrupted
 from support.evaluation import end_table, evaluate, milliseconds_per_row
 from support.files import atomic_rename, fsync, model_fingerprint
 from support.hub import find_model
+from support.shapes import target_shape
 
 CPU_MICRO_BATCH = 64  # rows; larger ones gain nothing on a CPU
 ESTIMATE_AFTER = 3  # steps
@@ -68,7 +69,8 @@ class Session:
         if args.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it
         torch.use_deterministic_algorithms(args.deterministic)
-        self.bf16 = args.precision == "bf16" or args.precision == "auto" and self.device.type == "cuda"
+        if args.precision == "auto":  # recorded as what it is, so that resuming on another device does not change it
+            args.precision = "bf16" if self.device.type == "cuda" else "fp32"
 
         folder = find_model(args.teacher)
         self.teacher = checkpoint.load_model(folder).to(self.device).eval().requires_grad_(False)
@@ -76,7 +78,7 @@ class Session:
         if args.target_width is None:
             args.target_width = config.hidden_size // 2
         self.teacher_shape = prune.Shape.of(config)
-        self.target_shape = prune.target_shape(config, args.target_width, args.target_intermediate, args.target_heads)
+        self.target_shape = target_shape(config, args.target_width, args.target_intermediate, args.target_heads)
         if args.output is None:
             teacher_name = Path(args.teacher).resolve().name
             args.output = Path("runs") / ("demo" if "demo" in args.preset else f"{teacher_name}-{args.target_width}")
@@ -107,14 +109,14 @@ class Session:
         if args.micro_batch_size or self.saved:
             return args.micro_batch_size or self.saved[1]["micro_batch_size"]
         if self.device.type == "cpu":
-            return CPU_MICRO_BATCH
+            return min(CPU_MICRO_BATCH, -(-args.batch_size // WORLD))
         layer = 20 * config.hidden_size + 4 * config.intermediate_size + 2 * args.seq_length
         token = config.num_hidden_layers * layer + 8 * data.MASKED_FRACTION * config.vocab_size  # floats
         free = min(distributed.all_gather_objects(torch.cuda.mem_get_info(self.device)[0]))  # bytes
         return max(1, int(free / 2 / (4 * token * args.seq_length)))
 
     def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16")
 
     @contextlib.contextmanager
     def running(self, state):
@@ -125,10 +127,10 @@ class Session:
         if RANK == 0:
             run_folder.truncate_log(args.output / "log.jsonl", state.step if self.saved else -1)
         self.print_plan(state)
-        log = args.output / "log.jsonl" if RANK == 0 else os.devnull
         with (
-            open(log, "a") as self.log_file,
-            tqdm(total=args.steps, initial=state.step, unit="step", desc="distill", disable=None) as self.progress,
+            open(args.output / "log.jsonl" if RANK == 0 else os.devnull, "a") as self.log_file,
+            tqdm(total=args.steps, initial=state.step, unit="step", desc="distill",
+                 disable=None if RANK == 0 else True) as self.progress,
             GracefulStop() as self.stop,
         ):
             if self.saved:
@@ -151,8 +153,8 @@ class Session:
     def print_plan(self, state):
         args = self.args
         tokens = args.steps * args.batch_size * args.seq_length
-        print(f"settings: {' + '.join(args.preset) or 'those of the paper'}; learning rate {args.learning_rate:g}; "
-              f"{'bf16' if self.bf16 else 'float32'}")
+        print(f"settings: {'preset ' * bool(args.preset)}{' + '.join(args.preset) or 'those of the paper'}, learning "
+              f"rate {args.learning_rate:g}, {args.precision}")
         print(f"{args.teacher}: {self.teacher.parameter_count() / 1e6:.1f} M parameters, D F H K "
               f"{tuple(self.teacher_shape)} -> {tuple(self.target_shape)}")
         print(f"{args.steps:,} steps of {args.batch_size:,} x {args.seq_length} tokens on {self.device}"
@@ -182,13 +184,13 @@ class Session:
         it is the last). A signal is honoured here, where the state of the last finished step is still intact."""
         args = self.args
         torch.manual_seed(((args.seed * args.steps + state.step) * WORLD + RANK) % 2**63)  # of dropout
-        first, last = rank_slice(args.batch_size)
-        for begin in range(first, last, self.micro_batch_size):
+        first, stop = rank_slice(args.batch_size)
+        for begin in range(first, stop, self.micro_batch_size):
             if (WORLD == 1 or begin == first) and self.stop.requested():
                 self.save_and_stop(state)
-            end = min(begin + self.micro_batch_size, last)
+            end = min(begin + self.micro_batch_size, stop)
             batch = self.rows.training_batch(args.seed, state.step, args.batch_size, begin, end).to(self.device)
-            yield batch, (end - begin) / args.batch_size, end == last
+            yield batch, (end - begin) / args.batch_size, end == stop
 
     @contextlib.contextmanager
     def logged_prune(self, state):
@@ -211,22 +213,21 @@ class Session:
                              f"{gradient_norm:.4g}); try a smaller --learning-rate, or check the teacher's weights")
 
     def end_step(self, state, losses: dict[str, float], rate: float, gradient_norm: float):
-        """Log, evaluate and save after step `state.step`, where they are due."""
+        """Log, evaluate and save after step `state.step`, when they are due."""
         args, step = self.args, state.step
-        last = step == args.steps
+        is_final = step == args.steps
         self.progress.update()
         self.interval_tokens += args.batch_size * args.seq_length
-        if step - self.first_step == ESTIMATE_AFTER:
-            left = datetime.timedelta(seconds=round((time.perf_counter() - self.started) / ESTIMATE_AFTER
-                                                    * (args.steps - step)))
-            self.progress.write(f"about {left} (h:mm:ss) left at this speed; it rises as the student shrinks, and a "
-                                "smaller --steps makes the run shorter")
-        if step % args.log_every == 0 or last:
+        if step - self.first_step == ESTIMATE_AFTER and not is_final:
+            seconds = (time.perf_counter() - self.started) / ESTIMATE_AFTER * (args.steps - step)
+            self.progress.write(f"about {datetime.timedelta(seconds=round(seconds))} (h:mm:ss) left; steps get faster "
+                                "as the student shrinks, and a smaller --steps makes the run shorter")
+        if step % args.log_every == 0 or is_final:
             self.log_training(state, losses, rate, gradient_norm)
         before = time.perf_counter()
-        if step % (args.eval_every or max(1, args.steps // 10)) == 0 or last:
+        if step % (args.eval_every or max(1, args.steps // 10)) == 0 or is_final:
             self.log_evaluation(state)
-        if last or time.monotonic() - self.saved_at >= 60 * args.save_minutes:
+        if is_final or time.monotonic() - self.saved_at >= 60 * args.save_minutes:
             self.save(state)
             self.saved_at = time.monotonic()
         pause = time.perf_counter() - before
@@ -255,7 +256,8 @@ class Session:
     def log_evaluation(self, state):
         self.result = self.evaluation(state)
         self.log("eval", step=state.step, **self.result)
-        values = "  ".join(f"{k} {v:.3f}" for k, v in self.result.items() if not k.startswith("teacher"))
+        values = "  ".join(f"{name} {value:.3f}" for name, value in self.result.items()
+                           if not name.startswith("teacher") and not name.endswith("_se"))
         shape = "D {:>4}  F {:>4}  H {:>2}  K {:>2}".format(*state.shape)
         self.progress.write(f"step {state.step:>6}  {shape}  {values}")
 
@@ -263,9 +265,10 @@ class Session:
         if RANK == 0:
             fsync(self.args.output / "log.jsonl")
             tensors = run_folder.state_tensors(state.distiller, state.optimizer,
-                                               {"sensitivity": state.sensitivity, "lineage": state.lineage})
+                                               state.statistics | {"lineage": state.lineage})
             self.checkpoints.save(state.step, tensors, {
-                "shape": state.shape._asdict(), "micro_batch_size": self.micro_batch_size, "evaluation": self.result})
+                "shape": state.shape._asdict(), "statistics": list(state.statistics),
+                "micro_batch_size": self.micro_batch_size, "evaluation": self.result})
 
     def save_and_stop(self, state):
         self.save(state)
@@ -276,8 +279,9 @@ class Session:
     def restore(self, state):
         """Bring a new state to where the checkpoint was saved: prune, then load weights, moments and statistics."""
         tensors, record = self.saved
-        state.lineage, state.sensitivity = (
-            run_folder.with_prefix(tensors, f"{name}.", self.device) for name in ("lineage", "sensitivity"))
+        state.lineage = run_folder.with_prefix(tensors, "lineage.", self.device)
+        state.statistics = {name: run_folder.with_prefix(tensors, f"{name}.", self.device)
+                            for name in record["statistics"]}
         state.step, state.shape = record["step"], prune.Shape(**record["shape"])
         prune.prune_units(state.distiller, state.lineage, state.shape, state.optimizer)
         state.distiller.load_state_dict(run_folder.with_prefix(tensors, "model.", self.device))

@@ -1,6 +1,5 @@
-"""A faster form of the two losses over the vocabulary. It computes what `masked_lm_loss` and `prediction_loss` in
-distill.py compute (tests/test_distill.py compares values and gradients) with fewer passes over the (M,V) logits, the
-largest tensors of a training step."""
+"""A faster form of `textbook_vocabulary_losses` in distill.py: the same values and gradients (tests/test_distill.py
+compares them) with fewer passes over the (M,V) logits, the largest tensors of a training step."""
 
 import torch
 import torch.nn.functional as F

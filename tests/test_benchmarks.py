@@ -42,22 +42,22 @@ def test_losses_gradients_updates_and_sensitivities_of_the_systems_agree(toy, ba
     for group, ours in toy["ours"].sensitivity.items():
         summed = torch.zeros_like(ours)
         for name, (_, dimensions) in toy["research code"].prunable.items():
-            for dimension in [d for d, g in dimensions.items() if g == group]:
+            for dimension in [d for d, g in dimensions.items() if g == group and "projection" not in name]:
                 summed += per_weight[name].sum(1 - dimension) if per_weight[name].dim() == 2 else per_weight[name]
         torch.testing.assert_close(toy["stock-best"].sensitivity[group], ours, rtol=1e-2, atol=1e-6)
         torch.testing.assert_close(summed, ours, rtol=1e-2, atol=1e-6)
 
 
 def test_a_system_that_computes_something_else_is_found(monkeypatch):
-    correct = systems.ResearchDistiller.hidden_loss
-    monkeypatch.setattr(systems.ResearchDistiller, "hidden_loss", lambda *args: correct(*args) * 1.002)
+    correct = systems.ResearchDistiller.project_hidden
+    monkeypatch.setattr(systems.ResearchDistiller, "project_hidden", lambda *args: [x * 1.01 for x in correct(*args)])
     with pytest.raises(RuntimeError, match="research code does not agree with ours at full width"):
         systems.check_all("toy", CPU)
 
 
 def test_masked_units_stay_zero_through_steps(toy, batch):
     ours = toy["ours"]
-    ours.prune_to(ours.target_shape, prune.unit_importance("magnitude", ours.distiller, {}, 0))
+    ours.prune_to(ours.target_shape, prune.unit_importance("magnitude", {}, ours.distiller.student, 0))
     for name in systems.PEERS:
         toy[name].prune_to(ours.target_shape, ours.lineage)
         toy[name].step([batch])
@@ -73,7 +73,7 @@ def test_counted_flops_are_those_that_torch_counts(toy, batch, name):
     system, target_shape = toy[name], toy["ours"].target_shape
     for shape in (prune.Shape.of(CONFIG), target_shape):
         if shape == target_shape and name == "ours":
-            system.prune_to(shape, prune.unit_importance("magnitude", system.distiller, {}, 0))
+            system.prune_to(shape, prune.unit_importance("magnitude", {}, system.distiller.student, 0))
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             system.losses(batch)["loss"].backward()
         counted = system.flops_per_token(CONFIG, SEQ_LENGTH, shape)

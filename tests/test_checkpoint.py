@@ -259,6 +259,15 @@ def test_torch_file_without_named_tensors_is_refused(folder, refused, content):
         load_model(folder)
 
 
+@pytest.mark.parametrize("head", ["classifier", "qa_outputs"])
+def test_the_head_of_a_fine_tuned_checkpoint_is_dropped_with_one_line(folder, capsys, head):
+    good = load_file(folder / "model.safetensors")
+    write_safetensors(folder, good | {f"{head}.weight": torch.zeros(2, 32), f"{head}.bias": torch.zeros(2)})
+    bert = load_model(folder)
+    assert capsys.readouterr().out == f"{folder}: the head of another task ({head}) is dropped\n"
+    assert not [name for name, _ in bert.named_parameters() if head in name]
+
+
 def test_missing_unexpected_and_misshapen_tensors_are_named(folder, refused):
     good = load_file(folder / "model.safetensors")
     key, query = (f"bert.encoder.layer.1.attention.self.{part}.weight" for part in ("key", "query"))
@@ -267,7 +276,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(folder, refused):
         write_safetensors(folder, {name: tensor for name, tensor in good.items() if name != missing})
         with refused(f"{missing} is missing"):
             load_model(folder)
-    for unexpected in ("bert.encoder.layer.2.output.dense.bias", "classifier.weight"):
+    for unexpected in ("bert.encoder.layer.2.output.dense.bias", "score.weight"):
         write_safetensors(folder, good | {unexpected: torch.zeros(3)})
         with refused(f"{unexpected} is unexpected"):
             load_model(folder)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -19,6 +20,7 @@ import data
 import distill
 import prune
 from model import Bert, BertConfig
+from support import session
 from support.checkpoint import (
     SPECIAL_TOKENS,
     load_config,
@@ -31,8 +33,10 @@ from support.checkpoint import (
 from support.corpus import tokenise
 from support.evaluation import evaluate
 from support.flags import DATA_FLAGS, EVALUATION_FLAGS, RUN_FLAGS, WIKIPEDIA
+from support.shapes import target_shape
 
 ALPHAS = dict.fromkeys(("mlm", "pred", "hidn", "emb", "attn"), 1.0)
+FEW_EVALUATIONS = ("--eval-every", 100, "--eval-rows", 4)  # for speed
 TINY = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
             max_position_embeddings=32)
 
@@ -106,10 +110,10 @@ def tiny_distiller(folder, alphas=ALPHAS, temperature=1.0):
     return teacher, distill.Distiller(copy.deepcopy(teacher), alphas, temperature).eval()
 
 
-def tiny_batch(folder, rows=4) -> data.Batch:
+def tiny_batch(folder, step=0, rows=4) -> data.Batch:
     tokenizer = load_tokenizer(folder / "teacher", 100)
     tokens = tokenise([str(folder / "text.txt")], tokenizer, folder / "cache")
-    return data.MaskedRows(tokens.train, 16, tokenizer).training_batch(0, 0, rows)
+    return data.MaskedRows(tokens.train, 16, tokenizer).training_batch(0, step, rows)
 
 
 # ---- Losses --------------------------------------------------------------------------------------------------
@@ -150,11 +154,11 @@ def test_losses_equal_their_equations_on_the_outputs_of_transformers(folder):
         outputs.append((out.logits.flatten(0, 1)[batch.positions], out.hidden_states, scores))
     (z_t, h_t, a_t), (z_s, h_s, a_s) = outputs
     p_t, p_s = (z_t / 2).softmax(-1), (z_s / 2).softmax(-1)
-    w_hidn, w_emb = distiller.hidden_projection.weight, distiller.embedding_projection.weight
+    w_hidn, w_emb = [project.weight for project in distiller.hidden_projections], distiller.embedding_projection.weight
     expected = {
         "mlm": F.cross_entropy(z_s, batch.labels),
         "pred": (p_t * (p_t / p_s).log()).sum(-1).mean() * 4,
-        "hidn": sum(((t - s @ w_hidn.T) ** 2).mean() for t, s in zip(h_t[1:], h_s[1:], strict=True)) / 2,
+        "hidn": sum(((t - s @ w.T) ** 2).mean() for t, s, w in zip(h_t[1:], h_s[1:], w_hidn, strict=True)) / 2,
         "emb": ((h_t[0] - h_s[0] @ w_emb.T) ** 2).mean(),
         "attn": sum(((t - s) ** 2).mean() for t, s in zip(a_t, a_s, strict=True)) / 2,
     }
@@ -182,18 +186,31 @@ def test_the_fast_vocabulary_losses_equal_the_textbook_form_in_value_and_gradien
 
 @pytest.mark.parametrize("name", ALPHAS)
 def test_a_loss_of_weight_zero_is_left_out(run, name):
-    code, output = run(f"--alpha-{name}", 0, "--log-every", 1, "--steps", 2)
+    code, output = run(f"--alpha-{name}", 0, "--log-every", 1, "--steps", 2, *FEW_EVALUATIONS)
     assert code == 0
-    logged = {key for key in read_log(output, "train")[0] if key.startswith("loss_")}
+    logged = {key for key in read_log(output, "train")[-1] if key.startswith("loss_")}
     assert logged == {f"loss_{other}" for other in ALPHAS if other != name}
+
+
+def test_without_the_masked_lm_loss_its_gradient_ranks_the_first_prune_but_trains_nothing(run, folder):
+    """Everything is pruned at once after three of six steps. Until then the student stays the teacher, and the kept
+    units are those of a run that is ranked by L_MLM alone and does not move (learning rate 0)."""
+    code, output = run("--alpha-mlm", 0, "--prune-start", 0.5, "--prune-end", 0.5, "--eval-every", 1, "--eval-prunes")
+    assert code == 0
+    evals, (line,) = read_log(output, "eval"), read_log(output, "prune")
+    assert [e["kl"] for e in evals[:3]] == [0.0] * 3 and line["eval_before"]["kl"] == 0.0 < evals[-1]["kl"]
+    lineage = (output / "student" / "lineage.json").read_text()
+    flags = [f"--alpha-{name}=0" for name in ("pred", "hidn", "emb", "attn")]
+    code, output = run(*flags, "--prune-start", 0.5, "--prune-end", 0.5, "--learning-rate", 0, "--overwrite")
+    assert code == 0 and (output / "student" / "lineage.json").read_text() == lineage
 
 
 # ---- The loop ------------------------------------------------------------------------------------------------
 
 
-def test_one_update_equals_torch_s_own(run, folder):
-    """The first step, repeated with torch.optim.AdamW on a copy of the teacher; then everything is pruned at once."""
-    code, output = run("--steps", 1, "--prune-start", 1, "--prune-end", 1, "--warmup", 1, "--learning-rate", 0.01,
+def test_three_updates_equal_torch_s_own(run, folder):
+    """Repeated with torch.optim.AdamW on a copy of the teacher. In the third step everything is pruned at once."""
+    code, output = run("--steps", 3, "--prune-start", 0.9, "--prune-end", 0.9, "--warmup", 1, "--learning-rate", 0.01,
                        "--clip", 0.5, "--weight-decay", 0.1, "--target-width", 28)
     assert code == 0
     teacher, distiller = tiny_distiller(folder)
@@ -201,11 +218,15 @@ def test_one_update_equals_torch_s_own(run, folder):
     named = [(name, p) for name, p in distiller.named_parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         [{"params": [p], "weight_decay": 0.1 if p.dim() == 2 and "projection" not in name else 0.0}
-         for name, p in named], lr=0.01, betas=(0.9, 0.999), eps=1e-6)
-    batch = tiny_batch(folder, rows=8)
-    distiller(batch, teacher(batch.input_ids, batch.positions, want_scores=True))["loss"].backward()
-    torch.nn.utils.clip_grad_norm_([p for _, p in named], 0.5)
-    optimizer.step()
+         for name, p in named], betas=(0.9, 0.999), eps=1e-6)
+    for step in range(3):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * (step + 1) / 3
+        batch = tiny_batch(folder, step, rows=8)
+        distiller(batch, teacher(batch.input_ids, batch.positions, want_scores=True))["loss"].backward()
+        torch.nn.utils.clip_grad_norm_([p for _, p in named], 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
     kept = {group: torch.tensor(indices) for group, indices in lineage(output).items()}
     axes = prune.tensor_axes(distiller.student)
     for name, tensor in weights(output).items():
@@ -225,8 +246,8 @@ def test_the_learning_rate_rises_then_falls_linearly():
 
 def test_micro_batches_add_up_to_one_batch(run, plain, monkeypatch):
     sizes, forward = [], distill.Distiller.forward
-    monkeypatch.setattr(distill.Distiller, "forward", lambda self, batch, teacher: (
-        sizes.append(len(batch.input_ids)), forward(self, batch, teacher))[1])
+    monkeypatch.setattr(distill.Distiller, "forward", lambda self, batch, *rest: (
+        sizes.append(len(batch.input_ids)), forward(self, batch, *rest))[1])
     code, output = run("--micro-batch-size", 3)
     assert code == 0 and sizes == [3, 3, 2] * 6
     assert lineage(output) == lineage(plain)
@@ -235,23 +256,88 @@ def test_micro_batches_add_up_to_one_batch(run, plain, monkeypatch):
 
 
 def test_sensitivity_comes_from_complete_gradients_before_clipping(run, monkeypatch):
-    norms, accumulate = [], prune.accumulate_sensitivity
+    norms, accumulate = [], prune.accumulate_importance
 
-    def watched(average, model, decay):
-        norms.append(torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item())
-        accumulate(average, model, decay)
+    def watched(criterion, statistics, bert, decay):
+        norms.append(torch.stack([p.grad.norm() for p in bert.parameters() if p.grad is not None]).norm().item())
+        accumulate(criterion, statistics, bert, decay)
 
-    monkeypatch.setattr(prune, "accumulate_sensitivity", watched)
-    code, output = run("--micro-batch-size", 3, "--clip", 1e-3, "--log-every", 1, "--prune-end", 1)
+    monkeypatch.setattr(prune, "accumulate_importance", watched)
+    code, output = run("--micro-batch-size", 3, "--clip", 1e-3, "--log-every", 1, "--prune-end", 0.9,
+                       "--alpha-hidn", 0, "--alpha-emb", 0)  # so that the projections have no gradients
     logged = [line["gradient_norm"] for line in read_log(output, "train")]  # before clipping
     last = read_log(output, "prune")[-1]["step"]  # afterwards there is nothing to rank
     assert code == 0 and norms == pytest.approx(logged[:last], rel=1e-4) and min(norms) > 1e-2
 
 
+def test_the_parts_of_a_step_happen_in_the_order_of_algorithm_1(run, monkeypatch):
+    """Forward, importance, clipping, AdamW, prune; and importance sees the weights of the forward pass."""
+    events, seen = [], {}
+
+    def spy(owner, name, event, look=lambda *args: None):
+        real = getattr(owner, name)
+
+        def spied(*args, **kwargs):
+            events.append(event)
+            look(*args)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, spied)
+
+    def remember(distiller, *_):
+        seen["weights"] = [p.detach().clone() for p in distiller.student.parameters()]
+
+    def compare(criterion, statistics, bert, decay):
+        assert not bert.bert.pooler["dense"].weight.requires_grad  # no loss reaches it, so it must not count
+        assert all(torch.equal(p, old) for p, old in zip(bert.parameters(), seen["weights"], strict=True))
+
+    spy(distill.Distiller, "forward", "forward", remember)
+    spy(prune, "accumulate_importance", "importance", compare)
+    spy(torch.nn.utils, "clip_grad_norm_", "clip")
+    spy(torch.optim.AdamW, "step", "adam")
+    spy(prune, "prune_units", "prune")
+    code, _ = run("--micro-batch-size", 4, "--prune-start", 0.3, "--prune-end", 0.3)
+    assert code == 0
+    step = ["forward", "forward", "importance", "clip", "adam"]
+    assert events == step + [*step, "prune"] + 4 * ["forward", "forward", "clip", "adam"]
+
+
+def test_every_step_has_its_own_dropout_and_another_seed_another(run, monkeypatch):
+    seeds, forward = [], distill.Distiller.forward
+    monkeypatch.setattr(distill.Distiller, "forward", lambda self, batch, *rest: (
+        seeds.append(torch.initial_seed()), forward(self, batch, *rest))[1])
+    for seed in (0, 1):
+        assert run("--dropout", 0.1, "--seed", seed, "--overwrite")[0] == 0
+    assert len(seeds) == len(set(seeds)) == 12
+
+
+def test_training_fits_and_alignment_never_read_a_held_out_row_and_evaluation_reads_no_other(run, folder, monkeypatch):
+    rows, inside, batch = {True: set(), False: set()}, [False], data.MaskedRows.batch
+
+    def spied_batch(self, indices, *args, **kwargs):
+        rows[inside[0]].update(tuple(row) for row in self.text[indices].tolist())
+        return batch(self, indices, *args, **kwargs)
+
+    def spied_evaluate(*args):
+        inside[0] = True
+        result = evaluate(*args)
+        inside[0] = False
+        return result
+
+    monkeypatch.setattr(data.MaskedRows, "batch", spied_batch)
+    monkeypatch.setattr(session, "evaluate", spied_evaluate)
+    monkeypatch.setattr(session, "milliseconds_per_row", lambda *_: [0.0, 0.0])
+    assert run("--align-heads", "--compensate", "--eval-prunes", "--steps", 60)[0] == 0
+    tokens = tokenise([str(folder / "text.txt")], load_tokenizer(folder / "teacher", 100), folder / "cache")
+    heldout, train = (set(map(tuple, part[: len(part) // 14 * 14].reshape(-1, 14).tolist()))
+                      for part in (tokens.heldout, tokens.train))
+    assert rows[True] == heldout and rows[False] <= train and len(rows[False]) >= 400 and not heldout & train
+
+
 def test_the_same_seed_gives_the_same_student_bit_for_bit_and_another_seed_another(run):
     students = []
     for seed in (5, 5, 6):
-        code, output = run("--seed", seed, "--overwrite", "--dropout", 0.1)
+        code, output = run("--seed", seed, "--overwrite", "--dropout", 0.1, *FEW_EVALUATIONS)
         assert code == 0
         students.append(weights(output))
     assert all(torch.equal(students[0][name], students[1][name]) for name in students[0])
@@ -276,7 +362,8 @@ def test_without_learning_the_student_is_the_submatrix_of_the_teacher_that_linea
 def test_units_are_pruned_by_sensitivity_unless_another_criterion_is_given(run):
     kept = {}
     for criterion in ("sensitivity", "magnitude", "random", None):
-        code, output = run(*(("--importance", criterion) if criterion else ()), "--overwrite", "--learning-rate", 0)
+        code, output = run(*(("--importance", criterion) if criterion else ()), "--overwrite", "--learning-rate", 0,
+                           *FEW_EVALUATIONS)
         assert code == 0
         kept[criterion] = lineage(output)["hidden"]
     assert kept.pop(None) == kept["sensitivity"]
@@ -292,8 +379,8 @@ def test_equal_start_and_end_prune_everything_at_once(run):
 
 def test_granularity_sets_the_widths_in_between(run):
     for granularity, widths in ((4, {32, 28, 24, 20, 16}), (16, {32, 16})):
-        code, output = run("--granularity", granularity, "--prune-start", 0.2, "--prune-end", 1, "--steps", 20,
-                           "--overwrite", "--log-every", 1)
+        code, output = run("--granularity", granularity, "--prune-start", 0.2, "--prune-end", 0.9, "--steps", 20,
+                           "--overwrite", "--log-every", 1, *FEW_EVALUATIONS)
         assert code == 0
         train = read_log(output, "train")
         assert {line["hidden_size"] for line in train} == widths
@@ -310,7 +397,7 @@ def test_a_truncated_student_starts_as_the_first_units_of_the_teacher(run, folde
 
 
 def test_a_random_student_starts_at_its_target_shape_with_the_random_weights_of_its_seed(run):
-    flags, values = ("--init", "random", "--learning-rate", 0, "--overwrite", "--log-every", 1), []
+    flags, values = ("--init", "random", "--learning-rate", 0, "--overwrite", "--log-every", 1, *FEW_EVALUATIONS), []
     name = "bert.encoder.layer.1.intermediate.dense.weight"
     for seed in (0, 0, 1):
         torch.rand(7)  # it depends on --seed alone
@@ -328,7 +415,7 @@ def test_a_random_student_starts_at_its_target_shape_with_the_random_weights_of_
     ("--weight-decay", 10), ("--precision", "bf16"), ("--seq-length", 12), ("--alpha-mlm", 3),
     ("--learning-rate", 0.01), ("--batch-size", 9), ("--steps", 7), ("--prune-power", 1)], ids=lambda flags: flags[0])
 def test_every_setting_of_the_training_changes_the_student(run, plain, flags):
-    code, output = run(*flags)
+    code, output = run(*flags, *FEW_EVALUATIONS)
     assert code == 0
     before, after = weights(plain), weights(output)
     assert lineage(output) != lineage(plain) or any(not torch.equal(before[name], after[name]) for name in before)
@@ -341,7 +428,7 @@ def test_deterministic_is_passed_on_to_torch(run, monkeypatch):
                         or rate(*a))
     for flags, expected in ((["--deterministic"], True), (["--overwrite"], False)):
         seen.clear()
-        assert run(*flags)[0] == 0 and seen == [expected] * 6
+        assert run(*flags, *FEW_EVALUATIONS)[0] == 0 and seen == [expected] * 6
     assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
 
 
@@ -359,23 +446,46 @@ def test_evaluations_are_means_over_the_held_out_rows_in_micro_batches_of_any_si
     for p in distiller.parameters():
         p.data.add_(torch.randn_like(p) * 0.1)
     tokenizer = load_tokenizer(folder / "teacher", 100)
+    for bert, words in ((teacher, ("the", "of", "and")), (distiller.student, ("of", "the", "and"))):
+        for bonus, word in zip((30, 20, 10), words, strict=True):  # so that some predictions are right
+            bert.cls["predictions"].bias.data[tokenizer.token_to_id(word)] += bonus
     heldout = data.MaskedRows(tokenise([str(folder / "text.txt")], tokenizer, folder / "cache").heldout, 16, tokenizer)
-    batch = heldout.batch(np.arange(7), seed=0, step=0)
+    batch = heldout.batch(np.arange(7) * len(heldout) // 7, seed=0, step=0)
     with torch.no_grad():
         t, s = (bert(batch.input_ids, batch.positions) for bert in (teacher, distiller.student))
         p, q = t.logits.softmax(-1), s.logits.softmax(-1)
         rows = torch.arange(len(batch.labels))
         expected = {
-            "hidden_mse": sum(((a - b @ distiller.hidden_projection.weight.T) ** 2).mean()
-                              for a, b in zip(t.hidden, s.hidden, strict=True)) / 2,
+            "hidden_mse": sum(((a - b @ w.weight.T) ** 2).mean() for a, b, w in zip(
+                t.hidden, s.hidden, distiller.hidden_projections, strict=True)) / 2,
             "kl": (p * (p / q).log()).sum(-1).mean(),
             "masked_lm_loss": -q[rows, batch.labels].log().mean(),
             "teacher_masked_lm_loss": -p[rows, batch.labels].log().mean(),
             "top1": (q.argmax(-1) == batch.labels).float().mean(),
             "teacher_top1": (p.argmax(-1) == batch.labels).float().mean()}
+    expected["more_than_teacher"] = expected["masked_lm_loss"] - expected["teacher_masked_lm_loss"]
+    per_row = (q[rows, batch.labels].log() - p[rows, batch.labels].log()).view(7, -1).mean(1).numpy()
+    assert 0 < expected["top1"] < 1
     for micro_batch_size in (2, 7):
         values = evaluate(distiller, teacher, heldout, 7, micro_batch_size, "cpu", contextlib.nullcontext)
+        errors = {name: values.pop(name) for name in list(values) if name.endswith("_se")}
         assert values == pytest.approx({name: value.item() for name, value in expected.items()}, rel=1e-4)
+        assert set(errors) == {f"{name}_se" for name in expected}
+        assert errors["more_than_teacher_se"] == pytest.approx(scipy.stats.sem(per_row), rel=1e-4)
+
+
+def test_evaluation_rows_are_spread_over_the_held_out_part(folder):
+    """Three rows of seven: 0, 2 and 4, with the masks of rows 0, 1 and 2."""
+    teacher, distiller = tiny_distiller(folder)
+    tokenizer = load_tokenizer(folder / "teacher", 100)
+    tokens = tokenise([str(folder / "text.txt")], tokenizer, folder / "cache").heldout[:98]
+    heldout = data.MaskedRows(tokens, 16, tokenizer)
+    assert len(heldout) == 7
+    batch = heldout.batch(np.array([0, 2, 4]), seed=0, step=0)
+    with torch.no_grad():
+        loss = F.cross_entropy(teacher(batch.input_ids, batch.positions).logits, batch.labels)
+    values = evaluate(distiller, teacher, heldout, 3, 2, "cpu", contextlib.nullcontext)
+    assert values["teacher_masked_lm_loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
 # ---- The run folder ------------------------------------------------------------------------------------------
@@ -417,7 +527,8 @@ def test_a_teacher_without_masked_lm_head_gives_a_student_without_one(run, capsy
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert not [name for name in weights(output) if name.startswith("cls")]
     evals = read_log(output, "eval")
-    assert set(evals[0]) == {"event", "step", "hidden_mse"} and evals[0]["hidden_mse"] == 0 < evals[-1]["hidden_mse"]
+    assert set(evals[0]) == {"event", "step", "hidden_mse", "hidden_mse_se"}
+    assert evals[0]["hidden_mse"] == 0 < evals[-1]["hidden_mse"]
 
 
 def test_log_jsonl_has_every_training_line_evaluation_and_prune(run):
@@ -437,6 +548,11 @@ def test_log_jsonl_has_every_training_line_evaluation_and_prune(run):
     assert prunes[0]["before"] == {"hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "head_size": 8}
     assert prunes[-1]["after"] == {"hidden_size": 16, "intermediate_size": 32, "num_heads": 4, "head_size": 4}
     assert prunes[-1]["step"] <= 3 and all(line["milliseconds"] > 0 for line in prunes)
+
+
+def test_a_run_is_evaluated_at_the_start_and_after_every_tenth_of_it_by_default(run):
+    code, output = run("--steps", 25, "--eval-rows", 1)
+    assert code == 0 and [line["step"] for line in read_log(output, "eval")] == [*range(0, 25, 2), 25]
 
 
 def test_eval_prunes_evaluates_right_before_and_after_every_prune(run):
@@ -517,7 +633,7 @@ BAD_FLAGS = {
     ("--seq-length", "33"): "beyond the teacher's 32 positions",
     ("--seq-length", "2"): "from 8",
     ("--prune-start", "0.9"): "is after --prune-end",
-    ("--prune-end", "1.1"): "from 0 to 1",
+    ("--prune-end", "1"): "from 0 to 0.9",
     ("--learning-rate", "nan"): "is not a number from 0",
     ("--learning-rate", "inf"): "is not a number from 0",
     ("--temperature", "0"): "from 0.001",
@@ -598,7 +714,7 @@ def test_the_homobert_presets_are_the_paper_s_students(preset, width, intermedia
     args = distill.parse_arguments(["--preset", preset])
     assert (args.teacher, args.target_width, args.target_intermediate) == ("bert-base-uncased", width, intermediate)
     assert args.learning_rate == rate and args.steps == 28000
-    shape = prune.target_shape(BertConfig(30522, 768, 12, 12, 3072), width, intermediate)
+    shape = target_shape(BertConfig(30522, 768, 12, 12, 3072), width, intermediate)
     with torch.device("meta"):
         student = Bert(BertConfig(30522, width, 12, shape.num_heads, intermediate))
     # The paper's count has no pooler, no MLM transform and no position embeddings (30522 D + 144 D^2).
@@ -623,8 +739,8 @@ def test_presets_combine_and_flags_win_over_them():
 
 
 def test_a_preset_is_printed_applied_and_recorded(run, capsys):
-    code, output = run("--preset", "imitation", "--steps", 30, "--alpha-attn", 0, "--prune-end", 0.1)
-    assert code == 0 and "settings: imitation;" in capsys.readouterr().out
+    code, output = run("--preset", "imitation", "--steps", 30, "--alpha-attn", 0, "--prune-end", 0.1, *FEW_EVALUATIONS)
+    assert code == 0 and "settings: preset imitation," in capsys.readouterr().out
     flags = recorded_flags(output)
     assert {name: flags[name] for name in ("align_heads", "compensate", "alpha_mlm", "prune_start", "prune_end")} == {
         "align_heads": True, "compensate": True, "alpha_mlm": 0, "prune_start": 1 / 30, "prune_end": 0.1}
@@ -647,7 +763,7 @@ def test_the_demo_runs_on_given_text(folder, tmp_path, capsys):
     assert distill.main(["--corpus", str(folder / "text.txt"), "--cache-dir", str(tmp_path), "--output",
                          str(tmp_path / "run"), "--steps", "1", "--batch-size", "2", "--seq-length", "16",
                          "--eval-rows", "1", "--device", "cpu"]) == 0
-    assert "settings: demo;" in capsys.readouterr().out
+    assert "settings: preset demo," in capsys.readouterr().out
     teacher, student = (json.loads((path / "config.json").read_text())["hidden_size"]
                         for path in (Path(distill.PRESETS["demo"]["teacher"]), tmp_path / "run" / "student"))
     assert student == teacher // 2

@@ -15,7 +15,7 @@ import distill
 import prune
 from data import Batch, MaskedRows
 from extensions.align_heads import align_heads, balancing_transforms, extended
-from extensions.compensate import UNMASKED_WEIGHT, compensate, fit_batches
+from extensions.compensate import UNMASKED_WEIGHT, Moments, compensate, fit_batches
 from prune import Shape
 from support.checkpoint import load_model, load_tokenizer, save_model, save_tokenizer
 
@@ -169,6 +169,60 @@ def test_the_fit_of_hidden_units_is_torch_s_own_weighted_least_squares(monkeypat
                                (TOKEN_WEIGHTS * (states - mean) ** 2).sum())
 
 
+def test_every_reader_of_pruned_units_is_compensated():
+    bert = random_bert()
+    distiller = as_distiller(copy.deepcopy(bert))
+    keep = {"hidden": torch.arange(0, 24, 2)} | {f"{kind}.{i}": torch.arange(1, size, 2) for i in range(2)
+                                                 for kind, size in (("feed_forward", 40), ("value_output", 24))}
+    compensate(distiller, keep, random_batches())
+    projections = [*distiller.hidden_projections, distiller.embedding_projection]
+    for projection in projections:
+        assert not torch.equal(projection.weight[:, keep["hidden"]], torch.eye(24).double()[:, keep["hidden"]])
+    changed = set()
+    for (name, old), new in zip(bert.named_parameters(), distiller.student.parameters(), strict=True):
+        if name.endswith("weight") and old.dim() == 2 and not torch.equal(old, new):
+            changed.add(name.removesuffix(".weight"))
+    layers = [f"bert.encoder.layer.{i}.{name}" for i in range(2) for name in (
+        "attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
+        "intermediate.dense", "output.dense")]
+    assert changed == {*layers, "bert.pooler.dense", "cls.predictions.transform.dense"}
+
+
+def test_the_ridge_of_a_fit_is_a_thousandth_of_the_mean_square_and_draws_to_the_plain_prune():
+    """Against least squares with one more equation per kept unit, which says that the unit stays as it is."""
+    torch.manual_seed(0)
+    x, keep = torch.randn(50, 6).double(), torch.tensor([1, 4, 5])
+    x_k = extended(x[:, keep])
+    moments = Moments(keep)
+    moments.kept, moments.cross = x_k.T @ x_k, x_k.T @ x
+    weight = (1e-3 * (x[:, keep] ** 2).sum(0).mean()).sqrt()
+    plain = torch.zeros(4, 6).double()
+    plain[range(3), keep] = 1
+    equations = torch.cat([x_k, weight * torch.eye(4).double()])
+    expected = torch.linalg.lstsq(equations, torch.cat([x, weight * plain])).solution
+    torch.testing.assert_close(moments.fit(), expected)
+
+
+def test_the_fit_of_the_projections_is_torch_s_own_weighted_least_squares(monkeypatch):
+    """Without a constant, because they have no bias, and each to the outputs of its own layer."""
+    monkeypatch.setattr("extensions.compensate.RIDGE", 0.0)
+    bert = random_bert()
+    distiller = as_distiller(copy.deepcopy(bert))
+    keep = torch.tensor([1, 2, 3, 5, 8, 11, 13, 17, 20, 21, 22])
+    norms = ["bert.embeddings.LayerNorm", *(f"bert.encoder.layer.{i}.output.LayerNorm" for i in range(2))]
+    projections = dict(zip([distiller.embedding_projection, *distiller.hidden_projections], norms, strict=True))
+    for projection in projections:
+        torch.nn.init.normal_(projection.weight)
+    before = {projection: projection.weight.clone() for projection in projections}
+    compensate(distiller, {"hidden": keep}, random_batches())
+    for projection, name in projections.items():
+        norm, new = bert.get_submodule(name), distiller.student.get_submodule(name)
+        u = inputs_of(norm, bert, random_batches())
+        narrow = F.layer_norm(u[:, keep], (11,), new.weight[keep], new.bias[keep], new.eps)
+        fit = torch.linalg.lstsq(TOKEN_WEIGHTS.sqrt() * narrow, TOKEN_WEIGHTS.sqrt() * norm(u)).solution  # (k,D)
+        torch.testing.assert_close(projection.weight[:, keep], before[projection] @ fit.T)
+
+
 def test_units_that_are_linear_functions_of_others_are_pruned_without_any_change(monkeypatch):
     monkeypatch.setattr("extensions.compensate.RIDGE", 1e-13)
     bert = random_bert()
@@ -239,12 +293,12 @@ def test_fits_use_the_upcoming_training_rows(tokenizer):
 
 
 def sensitivity(bert, batches) -> dict[str, torch.Tensor]:
-    average: dict[str, torch.Tensor] = {}
+    statistics: dict = {}
     for batch in batches:
         F.cross_entropy(bert(batch.input_ids, batch.positions).logits, batch.labels).backward()
-        prune.accumulate_sensitivity(average, bert, 0.5)
+        prune.accumulate_importance("sensitivity", statistics, bert, 0.5)
         bert.zero_grad()
-    return average
+    return statistics["sensitivity"]
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +311,7 @@ def bundled():
     tokenizer = load_tokenizer(folder, teacher.config.vocab_size)
     ids = [i for topic in sorted(topics) for i in tokenizer.encode(topics[topic][:1000], add_special_tokens=False).ids]
     rows = MaskedRows(np.array(ids), 64, tokenizer)
-    heldout, *training = (rows.training_batch(0, step, 16) for step in range(5))
+    heldout, *training = (rows.training_batch(0, step, 16) for step in range(3))
     with torch.no_grad():
         logits = teacher(heldout.input_ids, heldout.positions).logits
 
@@ -294,21 +348,6 @@ def test_a_compensated_prune_does_less_harm(bundled, sizes, gain):
     assert kl(better) < kl(plain) / gain
     assert better.config == plain.config
     assert {n: p.shape for n, p in better.named_parameters()} == {n: p.shape for n, p in plain.named_parameters()}
-
-
-def test_the_projections_are_compensated_too(bundled):
-    teacher, _, batches, _ = bundled
-    keep, losses = {"hidden": torch.arange(0, 256, 2)}, []
-    with torch.no_grad():
-        target = teacher(batches[0].input_ids, batches[0].positions, want_scores=True)
-        for compensation in (False, True):
-            distiller = distill.Distiller(copy.deepcopy(teacher), ALPHAS)
-            if compensation:
-                compensate(distiller, keep, batches)
-            prune.prune_units(distiller, keep, Shape.of(teacher.config)._replace(hidden_size=128))
-            losses.append(distiller(batches[0], target))
-    for name in ("emb", "hidn", "pred", "attn"):
-        assert losses[1][name] < losses[0][name], name
 
 
 # ---- Through the command line --------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from distill import Distiller
 from model import Bert, BertConfig, LayerNorm
 from prune import Shape
 from support.errors import InputError
+from support.shapes import target_shape
 
 CONFIG = dict(vocab_size=97, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40,
               max_position_embeddings=16, layer_norm_eps=1e-12)
@@ -192,7 +193,8 @@ def test_a_pruned_model_has_the_tensor_shapes_of_a_new_model_of_that_shape(hidde
     assert distiller.student.config == new.config
     shapes = [{name: p.shape for name, p in bert.named_parameters()} for bert in (distiller.student, new)]
     assert shapes[0] == shapes[1]
-    assert distiller.hidden_projection.weight.shape == distiller.embedding_projection.weight.shape == (24, hidden)
+    projections = [*distiller.hidden_projections, distiller.embedding_projection]
+    assert [projection.weight.shape for projection in projections] == [(24, hidden)] * 3
     sizes = {"hidden": hidden, "feed_forward": intermediate, "query_key": heads * size, "value_output": heads * size}
     assert {group: len(v) for group, v in lineage.items()} == {group: sizes[group.split(".")[0]] for group in lineage}
     assert all((indices.diff() > 0).all() for indices in lineage.values())
@@ -218,21 +220,23 @@ def test_sensitivity_takes_the_absolute_value_of_every_weight_before_the_sum():
     rows.bias.data[0], rows.bias.grad[0] = 2.0, -0.25
     columns = bert.bert.layers[0].output.dense
     columns.weight.data[3, 1], columns.weight.grad[3, 1] = -1.5, 2.0
-    average: dict[str, torch.Tensor] = {}
-    prune.accumulate_sensitivity(average, bert, 0.5)
+    statistics: dict = {}
+    prune.accumulate_importance("sensitivity", statistics, bert, 0.5)
+    average = prune.unit_importance("sensitivity", statistics, bert, 0)
     assert average["feed_forward.0"][:3].tolist() == [6.5, 2 + 3.0, 0.0]
     assert average["hidden"][:4].tolist() == [3 + 1.0, 3 + 1.0, 0.0, 3.0]  # its columns of W_1, its row of W_2
     for p in bert.parameters():
         p.grad *= 2
-    prune.accumulate_sensitivity(average, bert, 0.75)
+    prune.accumulate_importance("sensitivity", statistics, bert, 0.75)
     assert average["feed_forward.0"][:2].tolist() == [0.75 * 6.5 + 0.25 * 13, 0.75 * 5 + 0.25 * 10]
 
 
 def test_sensitivity_of_the_tied_decoder_counts_once_with_the_gradients_of_both_uses():
     bert = random_bert()
     bert(IDS, POSITIONS).logits.square().mean().backward()
-    average: dict[str, torch.Tensor] = {}
-    prune.accumulate_sensitivity(average, bert, 0.0)
+    statistics: dict = {}
+    prune.accumulate_importance("sensitivity", statistics, bert, 0.0)
+    average = statistics["sensitivity"]
     expected = 0.0
     for name, axes in prune.tensor_axes(bert).items():
         p = bert.get_parameter(name)
@@ -247,13 +251,72 @@ def test_sensitivity_of_the_tied_decoder_counts_once_with_the_gradients_of_both_
     assert words.grad[1].abs().sum() > 0  # token 1 is not in the input, so this gradient comes from the decoder
 
 
+def test_platon_importance_is_average_sensitivity_times_average_uncertainty_of_every_weight():
+    """By hand, for two steps: neuron 0 of the feed-forward layer has two weights and no others with a gradient."""
+    bert = random_bert(num_hidden_layers=1)
+    for p in bert.parameters():
+        p.grad = torch.zeros_like(p)
+    weight = bert.bert.layers[0].intermediate["dense"].weight
+    weight.data[0, :2] = torch.tensor([1.0, -2.0])
+    statistics: dict = {}
+    for gradient in ([4.0, 1.0], [2.0, 5.0]):
+        weight.grad[0, :2] = torch.tensor(gradient)
+        prune.accumulate_importance("platon", statistics, bert, 0.5)
+    expected = 0.0
+    for first, second in ((4.0, 2.0), (2.0, 10.0)):  # |theta g| of each weight in both steps
+        mean = 0.85 * first + 0.15 * second  # the average starts with the first value, so its distance is 0
+        expected += mean * (0.85 * 0 + 0.15 * abs(second - mean))
+    importance = prune.unit_importance("platon", statistics, bert, 0)
+    torch.testing.assert_close(importance["feed_forward.0"][0].item(), expected)
+    assert not importance["feed_forward.0"][1:].any()
+
+
+@pytest.mark.parametrize("criterion", ["sensitivity", "platon", "magnitude"])
+def test_importance_ignores_projections_and_the_pooler(criterion):
+    """The projections are dropped at export and the pooler is not trained, so neither may decide what is kept."""
+    importances = []
+    for factor in (1.0, 100.0):
+        distiller = Distiller(random_bert(), ALPHAS)
+        distiller.student.bert.pooler.requires_grad_(False)
+        for name, p in distiller.named_parameters():
+            if "projection" in name or "pooler" in name:
+                p.data *= factor
+            p.grad = p.data.clone() if p.requires_grad else None
+        statistics: dict = {}
+        for _ in range(2):
+            prune.accumulate_importance(criterion, statistics, distiller.student, 0.5)
+            for p in distiller.parameters():
+                p.grad = None if p.grad is None else 2 * p.grad
+        importances.append(prune.unit_importance(criterion, statistics, distiller.student, 0))
+    for group, values in importances[0].items():
+        assert torch.equal(values, importances[1][group]) and values.all(), group
+
+
+def test_platon_statistics_are_pruned_like_their_weights():
+    bert, new_shape = random_bert(), Shape(12, 17, 3, 4)
+    for p in bert.parameters():
+        p.grad = torch.randn_like(p)
+    statistics: dict = {}
+    for _ in range(2):
+        prune.accumulate_importance("platon", statistics, bert, 0.5)
+    before = prune.unit_importance("platon", statistics, bert, 0)
+    keep = random_units(bert, new_shape)
+    prune.prune_units(bert, keep, new_shape, tensors=tuple(statistics.values()))
+    for values in statistics.values():
+        assert {name: v.shape for name, v in values.items()} == {name: p.shape for name, p in bert.named_parameters()}
+    name = "bert.encoder.layer.1.intermediate.dense.bias"  # one entry per unit
+    assert len(statistics["mean"][name]) == 17
+    after = prune.unit_importance("platon", statistics, bert, 0)
+    assert {group: len(v) for group, v in after.items()} == {group: len(keep[group]) for group in before}
+
+
 def test_importance_by_magnitude_and_at_random():
     bert = random_bert(num_hidden_layers=1)
-    magnitude = prune.unit_importance("magnitude", bert, {}, 0)
+    magnitude = prune.unit_importance("magnitude", {}, bert, 0)
     layer = bert.bert.layers[0]
     by_hand = layer.intermediate["dense"].weight.abs().sum(1) + layer.intermediate["dense"].bias.abs()
     torch.testing.assert_close(magnitude["feed_forward.0"], by_hand + layer.output.dense.weight.abs().sum(0))
-    random = [prune.unit_importance("random", bert, {}, seed)["hidden"] for seed in (3, 3, 4)]
+    random = [prune.unit_importance("random", {}, bert, seed)["hidden"] for seed in (3, 3, 4)]
     assert torch.equal(random[0], random[1]) and not torch.equal(random[0], random[2])
     assert set(magnitude) == {"hidden", "feed_forward.0", "query_key.0", "value_output.0"}
 
@@ -281,11 +344,11 @@ def test_the_most_important_units_are_kept_in_ascending_order_and_whole_groups_a
 @pytest.mark.parametrize("width, heads, size", [(384, 12, 32), (576, 12, 48), (240, 12, 20), (256, 8, 32), (224, 8, 28),
                                                 (312, 12, 26)])
 def test_default_shape_of_students_of_bert_base(width, heads, size):
-    assert prune.target_shape(BERT_BASE, width) == Shape(width, 4 * width, heads, size)
+    assert target_shape(BERT_BASE, width) == Shape(width, 4 * width, heads, size)
 
 
 def test_given_heads_and_intermediate_size_are_taken():
-    assert prune.target_shape(BERT_BASE, 192, 1000, 3) == Shape(192, 1000, 3, 64)
+    assert target_shape(BERT_BASE, 192, 1000, 3) == Shape(192, 1000, 3, 64)
 
 
 @pytest.mark.parametrize("hidden, intermediate, heads, words", [
@@ -296,7 +359,7 @@ def test_given_heads_and_intermediate_size_are_taken():
     (384, None, 4, "at most 64")])
 def test_impossible_target_shapes_are_refused(refused, hidden, intermediate, heads, words):
     with refused(words):
-        prune.target_shape(BERT_BASE, hidden, intermediate, heads)
+        target_shape(BERT_BASE, hidden, intermediate, heads)
 
 
 def test_a_refused_width_names_the_two_nearest_possible_widths():
@@ -304,10 +367,10 @@ def test_a_refused_width_names_the_two_nearest_possible_widths():
     possible = [w for w in range(1, 768) if any(w % h == 0 and w // h <= 64 for h in range(6, 13))]
     for width in range(1, 768):
         if width in possible:
-            assert prune.target_shape(BERT_BASE, width).hidden_size == width
+            assert target_shape(BERT_BASE, width).hidden_size == width
             continue
         with pytest.raises(InputError) as error:
-            prune.target_shape(BERT_BASE, width)
+            target_shape(BERT_BASE, width)
         named = [int(w) for w in re.search(r"use width (\d+) or (\d+),", str(error.value)).groups()]
         assert len(set(named)) == 2 and set(named) <= set(possible)
         farther = max(abs(n - width) for n in named)
@@ -348,6 +411,9 @@ def test_the_schedule_prunes_whole_heads_first():
     shapes = [prune.scheduled_shape(t, 0, 700, teacher, target, 8) for t in range(1000)]
     assert all(shape.head_size == 64 or shape.num_heads == 8 for shape in shapes)
     assert {shape.num_heads for shape in shapes} == {12, 11, 10, 9, 8}
+    for t, shape in enumerate(shapes):  # never more heads than hold the scheduled width H*K, and never fewer
+        width = 256 + (768 - 256) * prune.fraction_to_prune(t, 0, 700)
+        assert shape.num_heads == max(8, -(-width // 64))
 
 
 def test_the_power_of_the_schedule():
@@ -358,6 +424,12 @@ def test_the_power_of_the_schedule():
 
 
 # ---- Optimizer, gradients and memory across a prune ----------------------------------------------------------
+
+
+def rescale_scores(bert: Bert, factor: float):
+    """Multiply the attention scores of every layer by `factor`: a hook that scales the keys."""
+    for layer in bert.bert.layers:
+        layer.attention["self"].key.register_forward_hook(lambda module, inputs, output: output * factor)
 
 
 def train_step(bert, optimizer, seed=0):
@@ -395,13 +467,39 @@ def test_moments_are_sliced_like_their_weights_and_training_continues_as_with_a_
             expected = state[moment]
             for dimension, group in axes.get(name, {}).items():
                 expected = expected.index_select(dimension, keep[group])
-            assert torch.equal(optimizer.state[parameter][moment], expected), (name, moment)
+            if ".query." in name:  # see the next test
+                expected = expected / (4 / 6) ** (0.5 if moment == "exp_avg" else 1)
+            torch.testing.assert_close(optimizer.state[parameter][moment], expected, rtol=1e-12, atol=0, msg=name)
         new_optimizer.state[new.get_parameter(name)] = {k: v.clone() for k, v in optimizer.state[parameter].items()}
     for seed in (7, 8):
         train_step(bert, optimizer, seed)
         train_step(new, new_optimizer, seed)
     for name, p in new.named_parameters():
         assert torch.equal(p, bert.get_parameter(name)), name
+
+
+def test_moments_of_the_rescaled_queries_are_those_of_a_model_that_was_always_scaled_so():
+    """Without pruned units, a prune from K = 6 to K = 4 only changes the divisor of the scores and scales W_q. The
+    function is the same before and after, so Adam must have the moments of a model trained with the scaled W_q."""
+    bert = random_bert()
+    scale = (4 / 6) ** 0.5
+    scaled = copy.deepcopy(bert)
+    optimizers = [torch.optim.AdamW([p for n, p in model.named_parameters() if "pooler" not in n], lr=0.0, eps=1e-6)
+                  for model in (bert, scaled)]
+    for layer in scaled.bert.layers:
+        layer.attention["self"].query.weight.data *= scale
+        layer.attention["self"].query.bias.data *= scale
+    rescale_scores(scaled, 1 / scale)
+    for seed in range(3):
+        train_step(bert, optimizers[0], seed)
+        train_step(scaled, optimizers[1], seed)
+    keep = {f"query_key.{i}": torch.arange(24) for i in range(2)}
+    prune.prune_units(bert, keep, Shape.of(bert.config)._replace(head_size=4), optimizers[0])
+    for name, p in scaled.named_parameters():
+        if ".query." in name:
+            for moment in ("exp_avg", "exp_avg_sq"):
+                torch.testing.assert_close(optimizers[0].state[bert.get_parameter(name)][moment],
+                                           optimizers[1].state[p][moment], rtol=1e-9, atol=1e-15, msg=name)
 
 
 def test_nothing_refers_to_a_full_size_tensor_after_a_prune():

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -159,23 +160,31 @@ def test_a_damaged_checkpoint_is_skipped_in_favour_of_the_one_before(runs, tmp_p
 
 
 def test_save_minutes_is_the_time_between_checkpoints(runs, tmp_path, monkeypatch):
-    steps = []
+    """With steps of 25 seconds; the last step is always saved."""
+    clock, steps, training_batch = [0.0], [], MaskedRows.training_batch
+
+    def slow(rows, *rest):
+        clock[0] += 25
+        return training_batch(rows, *rest)
+
+    monkeypatch.setattr(MaskedRows, "training_batch", slow)
+    monkeypatch.setattr("support.session.time",
+                        SimpleNamespace(monotonic=lambda: clock[0], perf_counter=time.perf_counter))
     monkeypatch.setattr(run_folder.Checkpoints, "save", lambda self, step, *_: steps.append(step))
     monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
-    assert runs.distill(tmp_path / "run", "--save-minutes", 0) == 0
-    assert steps == list(range(1, 11))
-    steps.clear()
-    assert runs.distill(tmp_path / "other", "--save-minutes", 60) == 0
-    assert steps == [10]
+    for minutes, expected in ((0, list(range(1, 11))), (1, [3, 6, 9, 10]), (60, [10])):
+        steps.clear()
+        assert runs.distill(tmp_path / str(minutes), "--save-minutes", minutes) == 0
+        assert steps == expected
 
 
 def test_training_continues_while_a_checkpoint_is_written(runs, tmp_path, monkeypatch):
     """The first checkpoint, after step 4, is not written before step 7 has begun; the second must wait for it."""
-    released, steps = threading.Event(), []
+    released, steps, in_time = threading.Event(), [], []
     write, rate, save = run_folder.Checkpoints.write, distill.learning_rate, Session.save
 
     def slow(self, step, *rest):
-        assert released.wait(30)
+        in_time.append(released.wait(10))
         write(self, step, *rest)
 
     def watched(step, *rest):
@@ -187,7 +196,8 @@ def test_training_continues_while_a_checkpoint_is_written(runs, tmp_path, monkey
     monkeypatch.setattr(run_folder.Checkpoints, "write", slow)
     monkeypatch.setattr(distill, "learning_rate", watched)
     monkeypatch.setattr(Session, "save", lambda self, state: state.step % 4 or save(self, state))
-    assert runs.distill(tmp_path / "run", "--save-minutes", 0) == 0 and steps == list(range(10))
+    assert runs.distill(tmp_path / "run", "--save-minutes", 0) == 0
+    assert steps == list(range(10)) and in_time == [True, True]
 
 
 def test_a_resumed_run_refuses_flags_that_would_change_the_student(runs, tmp_path, capsys):
@@ -208,8 +218,8 @@ def test_a_resumed_run_may_have_another_micro_batch_size(runs, tmp_path):
     runs.killed(tmp_path / "run", 4, "--dropout", 0, "--micro-batch-size", 6)
     sizes, forward = set(), distill.Distiller.forward
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distill.Distiller, "forward", lambda self, batch, teacher: (
-            sizes.add(len(batch.input_ids)), forward(self, batch, teacher))[1])
+        patch.setattr(distill.Distiller, "forward", lambda self, batch, *rest: (
+            sizes.add(len(batch.input_ids)), forward(self, batch, *rest))[1])
         assert resume(tmp_path / "run", "--micro-batch-size", 2) == 0
     assert sizes == {2}
     assert_close_student(tmp_path / "run", runs.undisturbed("--dropout", 0))
@@ -226,6 +236,14 @@ def test_resume_needs_an_unfinished_run_of_this_version(runs, tmp_path, capsys, 
     for changed, words in (({"flags": {"steps": 3}}, "another version"), ({"processes": 7}, "wrong checksum")):
         (tmp_path / "run" / "run.json").write_text(json.dumps(record | changed))
         assert resume(tmp_path / "run") == 2 and words in capsys.readouterr().err
+
+
+def test_run_json_records_the_precision_that_auto_chose(runs, tmp_path):
+    """Resuming on another device therefore keeps it."""
+    runs.killed(tmp_path / "run", 4, "--precision", "auto")
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["flags"]["precision"] == "fp32"
+    assert distill.main(["--resume", "--output", str(tmp_path / "run"), "--precision", "bf16"]) == 2
 
 
 def test_resume_refuses_another_teacher_or_another_text(checkpoint, corpus, tmp_path, capsys):
@@ -261,7 +279,7 @@ def test_a_signal_stops_before_the_next_micro_batch_and_saves_the_last_finished_
 
     def signalled(rows, seed, step, *rest):
         batches.append(step)
-        if step == 5:
+        if batches.count(5) == 1:
             os.kill(os.getpid(), number)
         return training_batch(rows, seed, step, *rest)
 
@@ -305,13 +323,15 @@ def test_the_micro_batch_size_is_given_or_saved_or_follows_from_the_free_memory(
     """BERT-base needs less than 300 MB per row of 128 tokens, and no model gets fewer rows than one."""
     config = SimpleNamespace(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, vocab_size=30522)
 
-    def chosen(given=None, saved=None, device="cuda", free=80e9):
+    def chosen(given=None, saved=None, device="cuda", free=80e9, batch_size=4096):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(free), int(80e9)))
         return Session.choose_micro_batch_size(SimpleNamespace(
-            args=SimpleNamespace(micro_batch_size=given, seq_length=128), teacher=SimpleNamespace(config=config),
+            args=SimpleNamespace(micro_batch_size=given, seq_length=128, batch_size=batch_size),
+            teacher=SimpleNamespace(config=config),
             saved=saved and ({}, {"micro_batch_size": saved}), device=torch.device(device)))
 
     assert chosen(given=3, saved=5) == 3 and chosen(saved=5) == 5 and chosen(device="cpu") == 64
+    assert chosen(device="cpu", batch_size=10) == 10
     assert 80e9 / 2 / 300e6 < chosen() < 80e9 / 50e6
     assert chosen() == pytest.approx(2 * chosen(free=40e9), abs=1) and chosen(free=1000) == 1
 

@@ -51,6 +51,7 @@ from support.errors import InputError, one_line  # noqa: E402
 from support.files import model_fingerprint  # noqa: E402
 from support.flags import DATA_FLAGS, EVALUATION_FLAGS, RUN_FLAGS  # noqa: E402
 from support.session import Session  # noqa: E402
+from support.shapes import target_shape  # noqa: E402
 
 Trials = Iterator[tuple[str, str]]
 PHASES = {  # where a disturbance happens -> the function that it interrupts
@@ -490,7 +491,7 @@ def any_config(small: Small, rng: random.Random, count: int) -> Trials:
         bert = clean(lambda: load_model(folder))
         if bert is not None:
             assert bert.eval()(torch.tensor([[1, 2, 3]]), torch.tensor([1])).logits.shape == (1, len(VOCAB))
-            clean(lambda: prune.target_shape(bert.config, 16))
+            clean(lambda: target_shape(bert.config, 16))
 
     yield from examples("config.json", st.dictionaries(st.sampled_from(sorted(config)), JSON, min_size=1, max_size=3),
                         computes, rng, count)
