@@ -1,6 +1,7 @@
 # make distill: create an environment and run the demonstration.
 # make test: create an environment and run all tests, including the slow ones in tests/reliability/.
 # make test-faults: inject faults into hundreds of small runs (kills, full disks, damaged files); takes minutes.
+# make mutants: make 100 wrong lines one by one, each of which a test must catch; takes minutes.
 # make figures: redraw every picture from its saved result.
 PYTHON ?= python3
 
@@ -12,6 +13,9 @@ test: .venv/dev
 
 test-faults: .venv/dev
 	.venv/bin/python tests/reliability/faults.py
+
+mutants: .venv/dev
+	.venv/bin/python tests/mutants.py
 
 figures: .venv/dev
 	set -e; for result in experiments/results/*.json; do \
@@ -29,4 +33,4 @@ lint: .venv/dev
 	.venv/bin/pip install --quiet --requirement requirements-dev.txt
 	touch $@
 
-.PHONY: distill test test-faults figures lint
+.PHONY: distill test test-faults mutants figures lint

@@ -1,0 +1,212 @@
+"""Wrong lines that the tests must catch: each entry is a file, a line, what it is replaced by, and the test that fails.
+
+    python tests/mutants.py              all of them, a few minutes (make mutants)
+    python tests/mutants.py 17 42        some of them, by number
+
+Every mutant is made in a copy of the project. It is killed if its test fails, and the test passes without it.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+MUTANTS = [
+    # prune.py: importance, schedule, choice, pruning
+    ("prune.py", "(p * p.grad).abs_()).items()", "(p * p.grad)).items()", "prune", "absolute_value"),
+    ("prune.py", "values.sum(1 - dimension) if", "values.sum(dimension) if", "prune", "absolute_value"),
+    ("prune.py", ".add_(new, alpha=1 - decay) if", ".add_(new) if", "prune", "absolute_value"),
+    ("prune.py", "if parameters[name].requires_grad else None", "if True else None", "prune", "ignores_projections"),
+    ("prune.py", "(sensitivity - mean).abs_()", "(sensitivity + mean).abs_()", "prune", "platon_importance"),
+    ("prune.py", 'statistics["mean"][name] * statistics["uncertainty"][name]', 'statistics["mean"][name]', "prune",
+     "platon_importance"),
+    ("prune.py", "if step >= end:", "if step > end:", "prune", "closed_form or schedule"),
+    ("prune.py", "(1 - (step - start) / (end - start)) ** power", "(1 - (step - start) / end) ** power", "prune",
+     "closed_form or schedule"),
+    ("prune.py", "return teacher if fraction else target", "return target", "prune", "schedule"),
+    ("prune.py", "math.ceil(inner / teacher.head_size)", "math.floor(inner / teacher.head_size)", "prune", "whole_heads"),
+    ("prune.py", "max(1, granularity // 4)", "granularity", "prune", "schedule"),
+    ("prune.py", "intermediate, 4 * granularity", "intermediate, granularity", "prune", "schedule"),
+    ("prune.py", ".indices.sort().values", ".indices", "prune", "heads_are_ranked or units"),
+    ("prune.py", "(by_head + importance[partner].view_as(by_head))", "by_head", "prune", "heads_are_ranked"),
+    ("prune.py", "heads[:, None] * shape.head_size + within", "heads[:, None] * new_shape.head_size + within", "prune",
+     "heads_are_ranked"),
+    ("prune.py", "state |= {key: sliced(name, state[key]) for", "state |= {key: state[key] for", "prune", "moments"),
+    ("prune.py", "(new_shape.head_size / bert.config.attention_head_size) ** 0.5", "1.0", "prune", "query_key"),
+    ("prune.py", '["exp_avg"].div_(scale)', '["exp_avg"].mul_(scale)', "prune", "always_scaled"),
+    ("prune.py", '["exp_avg_sq"].div_(scale**2)', '["exp_avg_sq"].div_(scale)', "prune", "always_scaled"),
+    ("prune.py", "layer.num_heads = new_shape.num_heads", "pass", "prune", "head"),
+    ("prune.py", "state = optimizer.state.pop(old)", "state = optimizer.state[old]", "prune", "full_size"),
+    ("prune.py", '"bert.pooler.dense": {"out": "hidden", "in"', '"bert.pooler.dense": {"in"', "prune", "shapes_of_a_new"),
+    ("support/shapes.py", "hidden_size // heads <= config.attention_head_size]", "True]", "prune", "possible or heads"),
+    ("support/shapes.py", "max(possible_heads(hidden_size, config), default=None)",
+     "min(possible_heads(hidden_size, config), default=None)", "prune", "default_shape"),
+    # model.py
+    ("model.py", "/ (num_heads * head_size**0.5)", "/ num_heads", "model", "scores"),
+    ("model.py", "old.detach().index_select(dimension, keep), requires_grad=old.requires_grad)",
+     "old.detach().index_select(dimension, keep))", "model", "frozen"),
+    ("model.py", "None if old.grad is None else old.grad.index_select(dimension, keep)", "None", "prune", "gradients_are"),
+    ("model.py", "self.token_type_embeddings.weight[0]", "self.token_type_embeddings.weight[1]", "model", "token_types"),
+    ("model.py", "self.LayerNorm(x + F.dropout(self.dense(y)", "self.LayerNorm(F.dropout(self.dense(y)", "model", "logits"),
+    ("model.py", "attn_mask=mask, dropout_p=dropout", "dropout_p=dropout", "model", ""),
+    # distill.py: losses, optimizer, the order of a step
+    ("distill.py", "log_target=True, reduction=\"batchmean\") * temperature**2", "log_target=True, reduction=\"batchmean\")",
+     "distill", "textbook"),
+    ("support/vocabulary_losses.py", "ctx.temperature / len(prediction)", "1.0 / len(prediction)", "distill", "textbook"),
+    ("distill.py", "zip(student, teacher, strict=True)) / len(teacher)", "zip(student, teacher, strict=True))", "distill",
+     "equations"),
+    ("distill.py", "zip(self.hidden_projections, hidden, strict=True)]",
+     "zip(self.hidden_projections, reversed(hidden), strict=True)]", "distill", "equations"),
+    ("distill.py", "nn.init.eye_(projection.weight)", "nn.init.normal_(projection.weight)", "distill", "exactly_zero"),
+    ("distill.py", "no_decay += [p.weight", "_ = [p.weight", "distill", "three_updates"),
+    ("distill.py", "(0.9, 0.999), 1e-6", "(0.9, 0.99), 1e-6", "distill", "three_updates"),
+    ("distill.py", "min(rising, (steps - step)", "max(rising, (steps - step)", "distill", "learning_rate"),
+    ("distill.py", "student.set_dropout(args.dropout, args.dropout)", "pass", "distill", "every_setting"),
+    ("distill.py", "student.bert.pooler.requires_grad_(False)", "pass", "distill", "order_of"),
+    ("distill.py", "(losses[\"loss\"] * fraction * distributed.WORLD).backward()", "losses[\"loss\"].backward()", "distill",
+     "micro_batches"),
+    ("distill.py", "        if state.shape != session.target_shape:\n            prune.acc",
+     "        nn.utils.clip_grad_norm_(distiller.parameters(), args.clip)\n        if True:\n            prune.acc",
+     "distill", "before_clipping or order_of"),
+    ("distill.py", "        optimizer.zero_grad()\n\n        # 4",
+     "        prune.accumulate_importance(args.importance, state.statistics, distiller.student, 0.9)\n"
+     "        optimizer.zero_grad()\n\n        # 4", "distill", "order_of"),
+    ("distill.py", "        if not ranking_only:\n", "        if True:\n", "distill", "ranks_the_first_prune"),
+    ("distill.py", '{"mlm": 1.0} | self.alphas if ranking_only else self.alphas', "self.alphas", "distill",
+     "ranks_the_first_prune"),
+    ("distill.py", "prune.scheduled_shape(state.step + 1,", "prune.scheduled_shape(state.step + 2,", "distill",
+     "equal_start_and_end"),
+    ("distill.py", "prune.scheduled_shape(state.step + 1,", "prune.scheduled_shape(state.step,", "distill",
+     "equal_start_and_end"),
+    ("distill.py", "(state.lineage, *state.statistics.values()))", "(state.lineage,))", "distill", "log_jsonl"),
+    ("distill.py", "(state.lineage, *state.statistics.values()))", "(*state.statistics.values(),))", "distill", "submatrix"),
+    ("distill.py", "prefer_first = {group: -indices", "prefer_first = {group: indices", "distill", "truncated"),
+    ("distill.py", '"alpha_mlm": 0.0', '"alpha_mlm": 0.5', "distill", "compensated_presets"),
+    # data.py
+    ("data.py", "action < 0.8, self.mask", "action < 0.9, self.mask", "data", "80_10_10"),
+    ("data.py", "default_rng([seed, epoch])", "default_rng([seed])", "data", "epoch"),
+    ("data.py", "key=[seed, step]", "key=[seed, 0]", "data", "differently"),
+    ("data.py", ".advance(first * blocks_per_row)", "", "data", "part_of_a_batch"),
+    ("support/corpus.py", '% HELDOUT_EVERY == 0 and counts["heldout"]', '% HELDOUT_EVERY == 1 and counts["heldout"]', "data",
+     "one_document_in_fifty or heldout"),
+    ("support/corpus.py", 'train.truncate(counts["train"] * dtype.itemsize)', "pass", "crash_consistency", "tokenising"),
+    ("support/corpus.py", "            write_atomically(record, json.dumps(counts))",
+     "            record.write_text(json.dumps(counts))", "crash_consistency", "tokenising"),
+    ("support/corpus.py", "                os.fsync(part.fileno())", "                pass", "crash_consistency", "tokenising"),
+    # evaluation
+    ("support/evaluation.py", "F.kl_div(log_q, log_p", "F.kl_div(log_p, log_q", "distill", "evaluations_are_means"),
+    ("support/evaluation.py", 'reduction="none").sum(-1)', 'reduction="none").sum(-1) / 2', "distill",
+     "evaluations_are_means"),
+    ("support/evaluation.py", "(log.argmax(-1) == batch.labels).float()",
+     "(log.topk(5).indices == batch.labels[:, None]).any(1).float()", "distill", "evaluations_are_means"),
+    ("support/evaluation.py", "first=begin)", "first=0)", "distill", "evaluations_are_means"),
+    ("support/evaluation.py", "numbers * len(heldout) // count", "numbers", "distill", "spread"),
+    ("support/evaluation.py", "ddof=1", "ddof=0", "distill", "evaluations_are_means"),
+    ("support/session.py", "evaluate(state.distiller, self.teacher, self.heldout,", "evaluate(state.distiller, self.teacher, self.rows,",
+     "distill", "held_out_row"),
+    ("support/session.py", "+ state.step) * WORLD + RANK)", ") * WORLD + RANK)", "distill", "own_dropout"),
+    # extensions
+    ("extensions/compensate.py", "itertools.count(step)", "itertools.count(step - 1)", "extensions", "upcoming"),
+    ("extensions/compensate.py", "args, rows = session.args, session.rows", "args, rows = session.args, session.heldout",
+     "distill", "held_out_row"),
+    ("extensions/compensate.py", "RIDGE = 1e-3", "RIDGE = 1e-1", "extensions", "ridge"),
+    ("extensions/compensate.py", "        plain[range(len(self.keep)), self.keep] = 1.0\n", "", "extensions", "ridge"),
+    ("extensions/compensate.py", "linear.bias += linear.weight.double() @ fit[-1]", "pass", "extensions", "inner_units"),
+    ("extensions/compensate.py", "[*last, bert.bert.pooler[\"dense\"]]", "last", "extensions", "every_reader"),
+    ("extensions/compensate.py", "[layer.intermediate[\"dense\"]]", "[]", "extensions", "every_reader"),
+    ("extensions/compensate.py", "[distiller.embedding_projection, *distiller.hidden_projections]",
+     "[distiller.hidden_projections[0], *distiller.hidden_projections]", "extensions", "every_reader or projections"),
+    ("extensions/compensate.py", "for layer in bert.bert.layers)]", "for _ in bert.bert.layers)]", "extensions",
+     "projections or every_reader"),
+    ("extensions/compensate.py", "            rescale(place.module", "            (lambda *_: None)(place.module", "extensions",
+     "hidden_units"),
+    ("extensions/compensate.py", "        refit_decoder(bert", "        (lambda *_: None)(bert", "extensions", "decoder"),
+    ("extensions/compensate.py", "(self.weight / (variance + residual.LayerNorm.eps))", "self.weight", "extensions",
+     "inner_units"),
+    ("extensions/align_heads.py", "balancing_transforms(v @ moment @ v.mT, o.mT @ o)",
+     "balancing_transforms(o.mT @ o, v @ moment @ v.mT)", "extensions", "align or balancing"),
+    ("extensions/align_heads.py", "[output.embedding, *output.hidden[:-1]]", "output.hidden", "extensions", "singular"),
+    # files, checkpoints, resume
+    ("support/files.py", "    fsync(work)\n    work.replace", "    work.replace", "crash_consistency", "replaced"),
+    ("support/files.py", "        fsync(path)\n", "        pass\n", "crash_consistency", "exported"),
+    ("support/run_folder.py", "            fsync(work)\n", "", "crash_consistency", "checkpoint"),
+    ("support/run_folder.py", "            fsync(self.folder)\n", "", "crash_consistency", "checkpoint"),
+    ("support/run_folder.py", "CHECKPOINTS_KEPT = 2", "CHECKPOINTS_KEPT = 1", "session", "damaged_checkpoint"),
+    ("support/run_folder.py", '("step", "exp_avg", "exp_avg_sq")', '("step", "exp_avg")', "session", "bit_for_bit"),
+    ("support/session.py", "run_folder.restore_moments(state.distiller, state.optimizer, tensors)", "pass", "session",
+     "bit_for_bit"),
+    ("support/session.py", "state.step if self.saved else -1", "10**9", "session", "logged_once"),
+    ("support/session.py", "60 * args.save_minutes", "args.save_minutes", "session", "save_minutes"),
+    ("support/session.py", "            run_folder.check_fingerprints(args.output, self.fingerprints)", "            pass",
+     "session", "another_teacher"),
+    ("support/flags.py", '"micro_batch_size", "device"}', '"micro_batch_size", "device", "learning_rate"}', "session",
+     "refuses_flags"),
+    ("support/flags.py", 'defaults | given | {"preset": chosen}', 'given | defaults | {"preset": chosen}', "distill",
+     "flags_win"),
+    # experiments and fine-tuning
+    ("experiments/experiment.py", "statistics.stdev(values) if", "statistics.pstdev(values) if", "experiments", "spread"),
+    ("experiments/experiment.py", "statistics.stdev(values) if", "0.0 if", "experiments", "spread"),
+    ("support/metrics.py", "2 * true_positives / positives", "true_positives / positives", "metrics", "scikit"),
+    ("support/metrics.py", "(counts - 1) / 2", "counts", "metrics", "scipy"),
+    ("finetune.py", "if best is None or result.score > best.score:", "if True:", "finetune", "best"),
+    ("finetune.py", "nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)", "pass", "finetune", ""),
+    ("support/examples.py", "mask = columns < lengths[:, None]", "mask = columns <= lengths[:, None]", "finetune", ""),
+]
+
+
+def killed(copy: Path, number: int) -> str:
+    """What became of a mutant: "killed", "survived", or why it could not be tried."""
+    file, old, new, test, expression = MUTANTS[number]
+    source = (copy / file).read_text()
+    if source.count(old) != 1:
+        return f"the line stands there {source.count(old)} times"
+    (copy / file).write_text(source.replace(old, new))
+    try:
+        return "killed" if run_test(copy, test, expression) else "survived"
+    finally:
+        (copy / file).write_text(source)
+
+
+def run_test(copy: Path, test: str, expression: str) -> int:
+    """The exit code of pytest, 0 if all passed, in a forked process that has the libraries imported already."""
+    child = os.fork()
+    if not child:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+        os.chdir(copy)
+        sys.path[:0] = [str(copy), str(copy / "tests")]
+        import pytest
+
+        code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", f"tests/test_{test}.py", "-k", expression])
+        os._exit(0 if code == 0 else 5 if code == 5 else 1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def main() -> int:
+    import pytest  # noqa: F401 (imported before the forks, as the libraries below)
+    import scipy.stats  # noqa: F401
+    import transformers.models.bert.modeling_bert  # noqa: F401
+
+    chosen = [int(word) for word in sys.argv[1:]] or range(len(MUTANTS))
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__", "figures"))
+        for test in sorted({(MUTANTS[n][3], MUTANTS[n][4]) for n in chosen}):
+            if run_test(copy, *test):
+                print(f"{test} does not pass, or selects no test, without a mutant")
+                return 2
+        alive = 0
+        for number in chosen:
+            outcome = killed(copy, number)
+            alive += outcome != "killed"
+            print(f"{number:>3}  {outcome:<9} {MUTANTS[number][0]}: {MUTANTS[number][2].strip()[:90]!r}", flush=True)
+    print(f"{len(chosen) - alive} of {len(chosen)} killed")
+    return min(alive, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
