@@ -147,8 +147,8 @@ MUTANTS = [
     ("support/flags.py", 'defaults | given | {"preset": chosen}', 'given | defaults | {"preset": chosen}', "distill",
      "flags_win"),
     # experiments and fine-tuning
-    ("experiments/experiment.py", "statistics.stdev(values) if", "statistics.pstdev(values) if", "experiments", "spread"),
-    ("experiments/experiment.py", "statistics.stdev(values) if", "0.0 if", "experiments", "spread"),
+    ("experiments/experiment.py", "statistics.stdev(values) if", "statistics.pstdev(values) if", "experiments", "deviation"),
+    ("experiments/experiment.py", "statistics.stdev(values) if", "0.0 if", "experiments", "deviation"),
     ("support/metrics.py", "2 * true_positives / positives", "true_positives / positives", "metrics", "scikit"),
     ("support/metrics.py", "(counts - 1) / 2", "counts", "metrics", "scipy"),
     ("finetune.py", "if best is None or result.score > best.score:", "if True:", "finetune", "best"),

@@ -98,9 +98,9 @@ def test_switches_and_underscores_become_flags_and_an_unfinished_run_is_resumed(
     assert logged[1] == ["--resume", "--output", str(folder)]
 
 
-def test_the_spread_is_the_sample_standard_deviation():
-    assert experiment.mean_and_spread([1.0, 2.0, 6.0]) == pytest.approx((3.0, 7**0.5))
-    assert experiment.mean_and_spread([5.0]) == (5.0, 0.0)
+def test_the_deviation_is_that_of_a_sample():
+    assert experiment.mean_and_deviation([1.0, 2.0, 6.0]) == pytest.approx((3.0, 7**0.5))
+    assert experiment.mean_and_deviation([5.0]) == (5.0, 0.0)
 
 
 def test_curves_and_dots_are_means_over_the_seeds():
