@@ -125,8 +125,10 @@ def resumed_flags(given: dict, known: set[str]) -> dict:
     if given.get("overwrite"):
         raise InputError("--resume and --overwrite exclude each other")
     output = given.get("output")
-    if output is None or not (output / "run.json").is_file():
-        raise InputError(f"--resume: there is no run in {output}; name its folder with --output")
+    if output is None:
+        raise InputError("--resume needs the folder of the run: give it with --output")
+    if not (output / "run.json").is_file():
+        raise InputError(f"--resume: there is no run in {output}")
     record = read_json(output / "run.json")
     flags = record.get("flags")
     if not isinstance(flags, dict) or set(flags) != known:

@@ -226,7 +226,7 @@ def test_a_resumed_run_may_have_another_micro_batch_size(runs, tmp_path):
 
 
 def test_resume_needs_an_unfinished_run_of_this_version(runs, tmp_path, capsys, monkeypatch):
-    assert distill.main(["--resume"]) == 2 and "name its folder with --output" in capsys.readouterr().err
+    assert distill.main(["--resume"]) == 2 and "needs the folder of the run" in capsys.readouterr().err
     assert resume(tmp_path / "nothing") == 2 and "there is no run in" in capsys.readouterr().err
     assert not (tmp_path / "nothing").exists()
     shutil.copytree(runs.undisturbed(), tmp_path / "run")
