@@ -50,8 +50,10 @@ class GracefulStop:
 
     def requested(self) -> bool:
         """Whether any process has received a signal. All processes must call this together."""
-        self.signal_number = max(distributed.all_gather_objects(self.signal_number))
-        return self.signal_number > 0
+        received = max(distributed.all_gather_objects(self.signal_number))
+        if received:  # else keep a signal that arrived after the exchange had begun: the next call reports it to all
+            self.signal_number = received
+        return received > 0
 
 
 

@@ -306,6 +306,16 @@ def test_a_second_signal_ends_the_process_at_once():
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_signal_during_the_exchange_between_processes_is_reported_to_all_in_the_next_one(monkeypatch):
+    """The others have not heard of it, so that this process must not stop alone; but it must not forget it either."""
+    with GracefulStop() as stop:
+        monkeypatch.setattr(distributed, "all_gather_objects", lambda value: (
+            os.kill(os.getpid(), signal.SIGTERM), [value, 0])[1])
+        assert not stop.requested()
+        monkeypatch.setattr(distributed, "all_gather_objects", lambda value: [value, 0])
+        assert stop.requested() and stop.signal_number == signal.SIGTERM
+
+
 # ---- Memory and processes ------------------------------------------------------------------------------------
 
 
