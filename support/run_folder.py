@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from support.distributed import RANK, WORLD
-from support.errors import InputError
+from support.errors import InputError, one_line
 from support.files import fsync, read_json, write_atomically
 
 CHECKPOINTS_KEPT = 2
@@ -170,7 +170,10 @@ class Checkpoints:
 
 def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     """Tensors and record of one checkpoint. Raises InputError if it is damaged."""
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"checkpoint {path} cannot be read: {one_line(error)}") from None
     if not path.stem.endswith(hashlib.sha256(content).hexdigest()[:16]):
         raise InputError(f"checkpoint {path} is damaged (wrong checksum)")
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])

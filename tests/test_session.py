@@ -159,6 +159,21 @@ def test_a_damaged_checkpoint_is_skipped_in_favour_of_the_one_before(runs, tmp_p
     assert_same_end(tmp_path / "run", runs.undisturbed())
 
 
+def test_an_unreadable_checkpoint_is_skipped_in_favour_of_the_one_before(runs, tmp_path, monkeypatch, capsys):
+    runs.killed(tmp_path / "run", 7)
+    newest, read_bytes = max((tmp_path / "run" / "checkpoints").iterdir()), Path.read_bytes
+
+    def failing(path):
+        if path == newest:
+            raise OSError(5, "Input/output error", str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    assert resume(tmp_path / "run") == 0
+    printed = capsys.readouterr().out
+    assert f"{newest} cannot be read" in printed and "resumed after step 6" in printed
+
+
 def test_save_minutes_is_the_time_between_checkpoints(runs, tmp_path, monkeypatch):
     """With steps of 25 seconds; the last step is always saved."""
     clock, steps, training_batch = [0.0], [], MaskedRows.training_batch
