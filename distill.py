@@ -29,7 +29,6 @@ from support import distributed
 from support.errors import InputError, run_program
 from support.flags import COUNT, FRACTION, NONNEGATIVE, Flag, number, parse_flags
 from support.session import Session
-from support.vocabulary_losses import VocabularyLosses
 
 # ---- The method's settings -----------------------------------------------------------------------------------
 # The defaults are the paper's where they are known to us. Help texts mark the others as "our choice", and what the
@@ -92,7 +91,7 @@ ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-6
 # ---- The losses ----------------------------------------------------------------------------------------------
 
 
-def textbook_vocabulary_losses(student_logits, teacher_logits, labels, temperature: float):
+def vocabulary_losses(student_logits, teacher_logits, labels, temperature: float):
     """L_MLM, the cross entropy at the masked positions, and L_pred = tau^2 KL(softmax(z_t/tau) || softmax(z_s/tau)).
 
     Logits (M,V), labels (M,); both losses are means over the M positions.
@@ -101,9 +100,6 @@ def textbook_vocabulary_losses(student_logits, teacher_logits, labels, temperatu
     log_q = F.log_softmax(student_logits.float() / temperature, dim=-1)
     log_p = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
     return masked_lm, F.kl_div(log_q, log_p, log_target=True, reduction="batchmean") * temperature**2
-
-
-vocabulary_losses = VocabularyLosses.apply  # equal to the function above, with fewer passes over the logits
 
 
 def mean_mse(student: list[torch.Tensor], teacher: list[torch.Tensor]):

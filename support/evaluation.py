@@ -17,8 +17,8 @@ def evaluate(distiller, teacher: Bert, heldout: MaskedRows, count: int, micro_ba
     their standard errors over the rows.
 
     hidden_mse is L_hidn. With a masked-LM head, over the masked positions: kl, KL(teacher || student) in nats;
-    masked_lm_loss and top1 accuracy, also as teacher_*; and more_than_teacher, the difference of the masked-LM losses,
-    whose paired standard error is smaller than that of either loss. The processes share the rows.
+    masked_lm_loss and top1 accuracy, also as teacher_*; and masked_lm_loss_difference, student minus teacher row by
+    row, whose standard error is smaller than that of either loss. The processes share the rows.
     """
     distiller.eval()
     rows: dict[str, list[float]] = {}  # name -> a value per row
@@ -39,7 +39,7 @@ def evaluate(distiller, teacher: Bert, heldout: MaskedRows, count: int, micro_ba
             for name, log in (("", log_q), ("teacher_", log_p)):
                 values[f"{name}masked_lm_loss"] = F.nll_loss(log, batch.labels, reduction="none")
                 values[f"{name}top1"] = (log.argmax(-1) == batch.labels).float()
-            values["more_than_teacher"] = values["masked_lm_loss"] - values["teacher_masked_lm_loss"]
+            values["masked_lm_loss_difference"] = values["masked_lm_loss"] - values["teacher_masked_lm_loss"]
         for name, value in values.items():  # every row has as many masked positions
             rows.setdefault(name, []).extend(value.view(len(numbers), -1).mean(1).tolist())
     distiller.train()
@@ -80,7 +80,7 @@ def end_table(teacher: Bert, student: Bert, result: dict, milliseconds: list[flo
 
     if "kl" in result:
         rows["held-out masked-LM loss"] = value("teacher_masked_lm_loss"), value("masked_lm_loss")
-        rows["its difference, paired"] = "0", value("more_than_teacher", "+.3f").replace("± +", "± ")
+        rows["difference to the teacher"] = "0", value("masked_lm_loss_difference", "+.3f").replace("± +", "± ")
         rows["held-out top-1 accuracy"] = value("teacher_top1", ".1%"), value("top1", ".1%")
         rows["KL to the teacher, nats"] = "0", value("kl")
     rows["hidden states, MSE"] = "0", value("hidden_mse", ".4f")

@@ -56,7 +56,6 @@ class GracefulStop:
         return received > 0
 
 
-
 class Session:
     """The inputs of a run, checked before anything is written, and everything the loop calls that is not the method.
 

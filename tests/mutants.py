@@ -54,8 +54,9 @@ MUTANTS = [
     ("model.py", "attn_mask=mask, dropout_p=dropout", "dropout_p=dropout", "model", ""),
     # distill.py: losses, optimizer, the order of a step
     ("distill.py", "log_target=True, reduction=\"batchmean\") * temperature**2", "log_target=True, reduction=\"batchmean\")",
-     "distill", "textbook"),
-    ("support/vocabulary_losses.py", "ctx.temperature / len(prediction)", "1.0 / len(prediction)", "distill", "textbook"),
+     "distill", "equations"),
+    ("distill.py", "F.cross_entropy(student_logits.float(), labels)", "F.cross_entropy(student_logits, labels)", "distill",
+     "bf16_logits"),
     ("distill.py", "zip(student, teacher, strict=True)) / len(teacher)", "zip(student, teacher, strict=True))", "distill",
      "equations"),
     ("distill.py", "zip(self.hidden_projections, hidden, strict=True)]",

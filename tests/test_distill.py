@@ -167,21 +167,13 @@ def test_losses_equal_their_equations_on_the_outputs_of_transformers(folder):
     torch.testing.assert_close(losses["loss"], sum(alphas[name] * value for name, value in expected.items()))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("temperature", [1.0, 2.5, 0.4])
-def test_the_fast_vocabulary_losses_equal_the_textbook_form_in_value_and_gradient(temperature, dtype):
+def test_the_vocabulary_losses_of_bf16_logits_are_computed_in_float32():
     torch.manual_seed(0)
-    student, teacher = torch.randn(2, 6, 11).to(dtype)
-    labels = torch.randint(11, (6,))
-    logits = student.requires_grad_(True), student.detach().float().requires_grad_(True)
-    fast = distill.vocabulary_losses(logits[0], teacher, labels, temperature)
-    textbook = distill.textbook_vocabulary_losses(logits[1], teacher.float(), labels, temperature)
-    torch.testing.assert_close(fast, textbook)
-    for alphas in ((1.0, 0.0), (0.0, 1.0), (0.5, 3.0)):
-        gradients = [torch.autograd.grad(sum(alpha * loss for alpha, loss in zip(alphas, losses, strict=True)), z,
-                                         retain_graph=True)[0]
-                     for z, losses in zip(logits, (fast, textbook), strict=True)]
-        torch.testing.assert_close(gradients[0], gradients[1].to(dtype))
+    student, teacher = torch.randn(2, 6, 300).bfloat16()
+    labels = torch.randint(300, (6,))
+    expected = distill.vocabulary_losses(student.float(), teacher.float(), labels, 2.5)
+    for loss, value in zip(distill.vocabulary_losses(student, teacher, labels, 2.5), expected, strict=True):
+        assert loss.dtype == torch.float32 and torch.equal(loss, value)
 
 
 @pytest.mark.parametrize("name", ALPHAS)
@@ -463,7 +455,7 @@ def test_evaluations_are_means_over_the_held_out_rows_in_micro_batches_of_any_si
             "teacher_masked_lm_loss": -p[rows, batch.labels].log().mean(),
             "top1": (q.argmax(-1) == batch.labels).float().mean(),
             "teacher_top1": (p.argmax(-1) == batch.labels).float().mean()}
-    expected["more_than_teacher"] = expected["masked_lm_loss"] - expected["teacher_masked_lm_loss"]
+    expected["masked_lm_loss_difference"] = expected["masked_lm_loss"] - expected["teacher_masked_lm_loss"]
     per_row = (q[rows, batch.labels].log() - p[rows, batch.labels].log()).view(7, -1).mean(1).numpy()
     assert 0 < expected["top1"] < 1
     for micro_batch_size in (2, 7):
@@ -471,7 +463,7 @@ def test_evaluations_are_means_over_the_held_out_rows_in_micro_batches_of_any_si
         errors = {name: values.pop(name) for name in list(values) if name.endswith("_se")}
         assert values == pytest.approx({name: value.item() for name, value in expected.items()}, rel=1e-4)
         assert set(errors) == {f"{name}_se" for name in expected}
-        assert errors["more_than_teacher_se"] == pytest.approx(scipy.stats.sem(per_row), rel=1e-4)
+        assert errors["masked_lm_loss_difference_se"] == pytest.approx(scipy.stats.sem(per_row), rel=1e-4)
 
 
 def test_evaluation_rows_are_spread_over_the_held_out_part(folder):

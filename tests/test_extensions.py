@@ -318,7 +318,7 @@ def bundled():
     @torch.no_grad()
     def kl(bert) -> float:
         student = bert(heldout.input_ids, heldout.positions).logits
-        return distill.textbook_vocabulary_losses(student, logits, heldout.labels, 1.0)[1].item()
+        return distill.vocabulary_losses(student, logits, heldout.labels, 1.0)[1].item()
 
     return teacher, sensitivity(teacher, training[:2]), training, kl
 
