@@ -135,6 +135,10 @@ def resumed_flags(given: dict, known: set[str]) -> dict:
         raise InputError(f"--resume: {output / 'run.json'} was written by another version of this program")
     if record.get("checksum") != record_hash(record):
         raise InputError(f"--resume: {output / 'run.json'} is damaged (wrong checksum); start again with --overwrite")
+    if given.get("precision") == "auto":
+        del given["precision"]  # recorded is what it was
+    if "preset" in given and "demo" in flags["preset"]:  # recorded with what was added to it
+        given["preset"] = ["demo", *(name for name in given["preset"] if name != "demo")]
     for name, value in given.items():
         if name not in MAY_CHANGE_ON_RESUME and json.loads(json.dumps(value, default=str)) != flags[name]:
             raise InputError(f"--resume: --{name.replace('_', '-')} was {flags[name]} when the run started and is now "

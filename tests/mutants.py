@@ -136,6 +136,7 @@ MUTANTS = [
     ("support/run_folder.py", "            fsync(work)\n", "", "crash_consistency", "checkpoint"),
     ("support/run_folder.py", "            fsync(self.folder)\n", "", "crash_consistency", "checkpoint"),
     ("support/run_folder.py", "CHECKPOINTS_KEPT = 2", "CHECKPOINTS_KEPT = 1", "session", "damaged_checkpoint"),
+    ("support/session.py", 'for name in record["statistics"]}', 'for name in ()}', "session", "bit_for_bit"),
     ("support/run_folder.py", '("step", "exp_avg", "exp_avg_sq")', '("step", "exp_avg")', "session", "bit_for_bit"),
     ("support/session.py", "run_folder.restore_moments(state.distiller, state.optimizer, tensors)", "pass", "session",
      "bit_for_bit"),

@@ -116,7 +116,8 @@ def runs(checkpoint, corpus, tmp_path_factory) -> Runs:
 # ---- Resume --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step, more", [(3, ()), (2, ("--align-heads", "--compensate"))])
+@pytest.mark.parametrize("step, more", [
+    (3, ()), (2, ("--align-heads", "--compensate")), (3, ("--importance", "platon"))])
 def test_a_resumed_run_ends_bit_for_bit_where_an_undisturbed_one_does(runs, tmp_path, step, more):
     expected = runs.undisturbed(*more)
     prunes = [line["step"] for line in history(expected) if line["event"] == "prune"]
@@ -226,6 +227,18 @@ def test_a_resumed_run_refuses_flags_that_would_change_the_student(runs, tmp_pat
         assert error.count("\n") == 1 and words in error
     assert resume(tmp_path / "run", "--steps", 10, "--eval-rows", 3, "--eval-every", 3, "--log-every", 5,
                   "--save-minutes", 1, "--eval-prunes") == 0
+
+
+def test_the_command_of_a_run_can_be_given_again_with_resume(tmp_path, refused):
+    """Although run.json records what the program added to it: the preset demo, and the precision that auto chose."""
+    flags = vars(distill.parse_arguments(["--preset", "imitation"])) | {"precision": "fp32", "output": tmp_path}
+    record = {"flags": json.loads(json.dumps(flags, default=str))}
+    (tmp_path / "run.json").write_text(json.dumps(record | {"checksum": run_folder.record_hash(record)}))
+    resume_flags = ["--resume", "--output", str(tmp_path), "--precision", "auto", "--preset"]
+    args = distill.parse_arguments([*resume_flags, "imitation"])
+    assert args.preset == ["demo", "imitation"] and args.precision == "fp32" and args.alpha_mlm == 0
+    with refused("--preset was ['demo', 'imitation']"):
+        distill.parse_arguments([*resume_flags, "compensated"])
 
 
 def test_a_resumed_run_may_have_another_micro_batch_size(runs, tmp_path):

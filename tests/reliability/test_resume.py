@@ -14,7 +14,8 @@ def runs(checkpoint, corpus, tmp_path_factory) -> Runs:
     return Runs(checkpoint, corpus, tmp_path_factory.mktemp("runs"))
 
 
-@pytest.mark.parametrize("more", [(), ("--micro-batch-size", 4), ("--align-heads", "--compensate")])
+@pytest.mark.parametrize("more", [
+    (), ("--micro-batch-size", 4), ("--align-heads", "--compensate"), ("--importance", "platon"), ("--alpha-mlm", 0)])
 @pytest.mark.parametrize("step", [0, 1, 3, 6, 9])
 def test_a_resumed_run_ends_bit_for_bit_where_an_undisturbed_one_does(runs, tmp_path, more, step):
     """Killed before the first prune, between two of them, in the step of one, after the last one, in the last step."""
