@@ -34,8 +34,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "reliability")]
 
+import fake_hub  # noqa: E402
 import hypothesis  # noqa: E402
 import hypothesis.strategies as st  # noqa: E402
 import safetensors.torch  # noqa: E402
@@ -622,54 +623,7 @@ def not_finite(small: Small, rng: random.Random, count: int) -> Trials:
 def served_hub(teacher: Path, behaviour: str):
     """`with served_hub(folder, behaviour) as endpoint`: a hub with one model, in a process of its own."""
     files = {path.name: path.read_bytes() for path in teacher.iterdir()}
-    revision = "89abcdef0123456789abcdef0123456789abcdef"
-
-    class Hub(http.server.BaseHTTPRequestHandler):
-        def do_GET(self, body=True):
-            path = self.path.split("?")[0]
-            name = path.rsplit("/", 1)[1]
-            if behaviour == "silent":
-                time.sleep(1000)
-            if behaviour == "failing":
-                return self.send_error(503)
-            if "/tree/" in path:
-                content = json.dumps([{"type": "file", "path": name, "size": len(files[name]), "oid": "0" * 40}
-                                      for name in sorted(files)]).encode()
-            elif path.startswith("/api/models/"):
-                siblings = [{"rfilename": name} for name in sorted(files)]
-                content = json.dumps({"id": "owner/bert", "sha": revision, "siblings": siblings}).encode()
-                content = b"<html>" if behaviour == "not a hub" else content
-            elif name in files:
-                content = files[name]
-            else:
-                return self.send_error(404)
-            self.send_response(200)
-            for header, value in (("Content-Length", len(content)), ("ETag", f'"{len(content)}-{name}"'),
-                                  ("X-Repo-Commit", revision)):
-                self.send_header(header, str(value))
-            self.end_headers()
-            if not body:
-                return
-            if name != "model.safetensors":
-                self.wfile.write(content)
-            elif behaviour in ("disconnecting", "stalling"):
-                self.wfile.write(content[: len(content) // 2])
-                self.wfile.flush()
-                if behaviour == "stalling":
-                    time.sleep(1000)
-                self.close_connection = True
-            else:
-                for begin in range(0, len(content), -(-len(content) // 10)):
-                    self.wfile.write(content[begin : begin + -(-len(content) // 10)])
-                    time.sleep(0.3 * (behaviour == "slow"))
-
-        def do_HEAD(self):
-            self.do_GET(body=False)
-
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), fake_hub.handler(files, [], behaviour))
     child = os.fork()
     if not child:
         try:

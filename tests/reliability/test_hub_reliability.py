@@ -1,10 +1,11 @@
 """The hub as it can be: unreachable, silent, or answering. Every test runs in a process with a hub of its own."""
 
 import http.server
-import json
 import socket
 import threading
 from pathlib import Path
+
+import fake_hub
 
 from support.checkpoint import load_model
 
@@ -45,42 +46,8 @@ def test_silent_hub_is_reported_within_ten_seconds(python):
 def test_model_is_downloaded_once_and_only_its_needed_files(python, checkpoint):
     files = {path.name: path.read_bytes() for path in checkpoint.iterdir()} | {
         "pytorch_model.bin": b"not needed", "README.md": b"not needed"}
-    revision = "89abcdef0123456789abcdef0123456789abcdef"
     downloaded = []
-
-    class Hub(http.server.BaseHTTPRequestHandler):
-        """The requests of the hub that one model needs."""
-
-        def do_GET(self, body=True):
-            path = self.path.split("?")[0]
-            name = path.rsplit("/", 1)[1]
-            if "/tree/" in path:
-                content = json.dumps([{"type": "file", "path": name, "size": len(files[name]), "oid": "0" * 40}
-                                      for name in sorted(files)]).encode()
-            elif path.startswith("/api/models/"):
-                siblings = [{"rfilename": name} for name in sorted(files)]
-                content = json.dumps({"id": "owner/bert", "sha": revision, "siblings": siblings}).encode()
-            elif path == f"/owner/bert/resolve/{revision}/{name}" and name in files:
-                content = files[name]
-                downloaded.append(name)
-            else:
-                self.send_error(404)
-                return
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
-            self.send_header("ETag", f'"{len(content)}-{name}"')
-            self.send_header("X-Repo-Commit", revision)
-            self.end_headers()
-            if body:
-                self.wfile.write(content)
-
-        def do_HEAD(self):
-            self.do_GET(body=False)
-
-        def log_message(self, *args):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), fake_hub.handler(files, downloaded)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         answer, *_ = find(python, "owner/bert", endpoint=f"http://127.0.0.1:{server.server_port}")
         server.shutdown()
