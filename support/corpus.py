@@ -1,7 +1,6 @@
 """Text files to token ids: file formats, the demo text, and resumable tokenisation into a memory-mapped cache."""
 
 import ast
-import codecs
 import gzip
 import hashlib
 import importlib.metadata
@@ -34,18 +33,6 @@ HELDOUT_TOKENS = 1 << 20  # ... until there are this many tokens
 STANDARD_LIBRARY = Path(sysconfig.get_paths()["stdlib"])  # its docstrings are part of the demo text
 
 # ---- Documents -----------------------------------------------------------------------------------------------
-
-
-class Replacements:
-    """Counts the bytes that are not UTF-8 while files are decoded. Each run of them becomes U+FFFD."""
-
-    def __init__(self):
-        self.count = 0
-        codecs.register_error("replace-and-count", self.handle)
-
-    def handle(self, error):
-        self.count += error.end - error.start
-        return "\ufffd", error.end
 
 
 def corpus_files(corpora: list[str]) -> list[Path]:
@@ -102,7 +89,7 @@ def read_documents(path: Path, progress=None) -> Iterator[str]:
             if b"\0" in plain.read(4096):
                 raise InputError(f"corpus {path}: binary data, not text")
             plain.seek(0)
-            text = io.TextIOWrapper(plain, encoding="utf-8", errors="replace-and-count")
+            text = io.TextIOWrapper(plain, encoding="utf-8", errors="replace")
             records = path.name.endswith((".jsonl", ".jsonl.gz"))
             lines = iter(lambda: text.readline(RECORD if records else PIECE), "")
             document, size, position = [], 0, 0
@@ -189,13 +176,12 @@ class Tokens:
     train: np.ndarray
     heldout: np.ndarray
     key: str
-    replaced_bytes: int
 
 
 def corpus_key(files: list[Path], demo: bool, tokenizer: Tokenizer) -> str:
     """A hash of everything that the cached tokens depend on: contents, tokenizer and the constants above."""
     version = importlib.metadata.version("tokenizers")
-    digest = hashlib.sha256(repr((4, demo, PIECE, TOKENISE_AT_ONCE, HELDOUT_EVERY, HELDOUT_TOKENS, version)).encode())
+    digest = hashlib.sha256(repr((5, demo, PIECE, TOKENISE_AT_ONCE, HELDOUT_EVERY, HELDOUT_TOKENS, version)).encode())
     digest.update(tokenizer.to_str().encode())
     for file in files:
         with open(file, "rb") as stream:
@@ -232,18 +218,18 @@ def tokenise(corpora: list[str], tokenizer: Tokenizer, cache: Path) -> Tokens:
     except OSError as error:
         raise InputError(f"tokenising into {cache} failed: {one_line(error)}") from None
     meta = read_json(folder / "meta.json")
-    if meta["replaced_bytes"]:
-        print(f"corpus: {meta['replaced_bytes']} bytes were not UTF-8 and were replaced", file=sys.stderr)
+    if meta["replaced"]:
+        print(f"corpus: {meta['replaced']} characters were not UTF-8 and have been replaced", file=sys.stderr)
     arrays = [np.memmap(folder / f"{part}.bin", dtype=meta["dtype"], mode="r") for part in ("train", "heldout")]
-    return Tokens(*arrays, key, meta["replaced_bytes"])
+    return Tokens(*arrays, key)
 
 
 def write_tokens(files: list[Path], demo: bool, tokenizer: Tokenizer, folder: Path):
     """Write train.bin, heldout.bin and meta.json into `folder`, or resume there after the last recorded block."""
     dtype = np.dtype(np.uint16 if max(tokenizer.get_vocab().values()) < 1 << 16 else np.uint32)
     folder.mkdir(exist_ok=True)
-    record, replaced = folder / "progress.json", Replacements()
-    counts = dict.fromkeys(("train", "heldout", "documents", "blocks"), 0)
+    record = folder / "progress.json"
+    counts = dict.fromkeys(("train", "heldout", "documents", "blocks", "replaced"), 0)
     if record.is_file():
         counts = read_json(record)
     with (
@@ -263,6 +249,7 @@ def write_tokens(files: list[Path], demo: bool, tokenizer: Tokenizer, folder: Pa
                     counts["heldout" if held else "train"] += len(ids)
                     counts["documents"] += 1
             counts["blocks"] += 1
+            counts["replaced"] += sum(text.count("\ufffd") for text in texts)
             for part in (train, heldout):
                 part.flush()
                 os.fsync(part.fileno())
@@ -272,7 +259,7 @@ def write_tokens(files: list[Path], demo: bool, tokenizer: Tokenizer, folder: Pa
     if counts["documents"] == 1:
         raise InputError("the corpus holds a single document; put a blank line between documents, so that some can be "
                          "held out for evaluation")
-    (folder / "meta.json").write_text(json.dumps(counts | {"dtype": dtype.name, "replaced_bytes": replaced.count}))
+    (folder / "meta.json").write_text(json.dumps(counts | {"dtype": dtype.name}))
     record.unlink()
 
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import MaskedRows  # noqa: E402
 from model import Bert, BertConfig  # noqa: E402
 from support.checkpoint import SPECIAL_TOKENS, save_config, save_tokenizer, wordpiece_tokenizer  # noqa: E402
-from support.corpus import Replacements, blocks, corpus_files, tokenise  # noqa: E402
+from support.corpus import blocks, corpus_files, tokenise  # noqa: E402
 
 VOCAB_SIZE, HIDDEN_SIZE, LAYERS, HEADS = 8192, 256, 4, 8
 TOKENS_PER_STEP, PEAK_LEARNING_RATE, MASKED_FRACTION = 32 * 128, 2e-3, 0.3  # twice BERT's fraction, as text is short
@@ -31,7 +31,6 @@ WINDOW, STD = 5, 0.04  # tokens of a co-occurrence; standard deviation of the in
 
 def train_vocabulary(corpora: list[str]):
     """A WordPiece tokenizer, trained on every eighth block of the corpora."""
-    Replacements()  # registers the error handler for bytes that are not UTF-8
     every_eighth = itertools.islice(blocks(corpus_files(corpora), "demo" in corpora, None), 0, None, 8)
     tokenizer = wordpiece_tokenizer({})
     tokenizer.train_from_iterator(every_eighth, WordPieceTrainer(
