@@ -431,8 +431,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_in_one_line(run, capsys):
     assert (output / "log.jsonl").exists() and not (output / "student").exists()
 
 
-def test_evaluations_are_means_over_the_held_out_rows_in_micro_batches_of_any_size(folder):
-    """KL(teacher || student), masked-LM losses, accuracies and L_hidn, written out for all rows at once."""
+def test_evaluations_are_means_of_what_transformers_computes_on_held_out_rows_in_unequal_micro_batches(folder, tmp_path):
+    """KL(teacher || student), masked-LM losses, accuracies and L_hidn, written out for all rows at once, on the outputs
+    of both models in `transformers`."""
+    from transformers import BertForMaskedLM
+
     teacher, distiller = tiny_distiller(folder)
     torch.manual_seed(3)
     for p in distiller.parameters():
@@ -444,12 +447,17 @@ def test_evaluations_are_means_over_the_held_out_rows_in_micro_batches_of_any_si
     heldout = data.MaskedRows(tokenise([str(folder / "text.txt")], tokenizer, folder / "cache").heldout, 16, tokenizer)
     batch = heldout.batch(np.arange(7) * len(heldout) // 7, seed=0, step=0)
     with torch.no_grad():
-        t, s = (bert(batch.input_ids, batch.positions) for bert in (teacher, distiller.student))
-        p, q = t.logits.softmax(-1), s.logits.softmax(-1)
+        outputs = []
+        for bert in (teacher, distiller.student):
+            save_model(bert, tmp_path)
+            reference = BertForMaskedLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+            outputs.append(reference(batch.input_ids, output_hidden_states=True))
+        t, s = (output.hidden_states[1:] for output in outputs)  # without the embedding output
+        p, q = (output.logits.flatten(0, 1)[batch.positions].softmax(-1) for output in outputs)
         rows = torch.arange(len(batch.labels))
         expected = {
             "hidden_mse": sum(((a - b @ w.weight.T) ** 2).mean() for a, b, w in zip(
-                t.hidden, s.hidden, distiller.hidden_projections, strict=True)) / 2,
+                t, s, distiller.hidden_projections, strict=True)) / 2,
             "kl": (p * (p / q).log()).sum(-1).mean(),
             "masked_lm_loss": -q[rows, batch.labels].log().mean(),
             "teacher_masked_lm_loss": -p[rows, batch.labels].log().mean(),
