@@ -431,7 +431,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_in_one_line(run, capsys):
     assert (output / "log.jsonl").exists() and not (output / "student").exists()
 
 
-def test_evaluations_are_means_of_what_transformers_computes_on_held_out_rows_in_unequal_micro_batches(folder, tmp_path):
+def test_evaluations_are_means_over_what_transformers_computes_for_held_out_rows(folder, tmp_path):
     """KL(teacher || student), masked-LM losses, accuracies and L_hidn, written out for all rows at once, on the outputs
     of both models in `transformers`."""
     from transformers import BertForMaskedLM

@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import gzip
 import http.server
+import importlib
 import itertools
 import json
 import math
@@ -24,6 +25,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -42,6 +44,7 @@ import hypothesis.strategies as st  # noqa: E402
 import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
 from conftest import VOCAB, sentences  # noqa: E402
+from made_up_tasks import write_glue  # noqa: E402
 
 import distill  # noqa: E402
 import prune  # noqa: E402
@@ -59,6 +62,7 @@ PHASES = {  # where a disturbance happens -> the function that it interrupts
     "anywhere": (distill, "run"), "tokenisation": (corpus, "write_tokens"), "start": (run_folder, "start_run"),
     "training": (distill.Distiller, "forward"), "prune": (prune, "prune_units"),
     "checkpoint": (run_folder.Checkpoints, "write"), "export": (Session, "export")}
+PROJECT = ("data", "distill", "extensions", "finetune", "model", "prune", "support")
 STEPS = 12
 TOKENISE_AT_ONCE = corpus.TOKENISE_AT_ONCE
 TIMEOUT = 300  # seconds after which a process counts as hanging
@@ -66,31 +70,63 @@ TIMEOUT = 300  # seconds after which a process counts as hanging
 # ---- Processes -----------------------------------------------------------------------------------------------
 
 
-def process(work: Callable[[], int], meanwhile: Callable[[int], None] | None = None) -> tuple[int, str]:
-    """Run `work()` in a forked process. Returns its exit code (negative: the signal that ended it) and its output.
-    meanwhile: called in this process with the id of the other one."""
-    sys.stdout.flush()
-    read, write = os.pipe()  # not a file, because the disk of the other process may be full
-    child = os.fork()
-    if not child:
-        code = 1
-        try:
-            signal.alarm(TIMEOUT)
-            os.dup2(write, 1)
-            os.dup2(write, 2)
-            sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))
-            code = work()
-            sys.stdout.flush()
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    os.close(write)
-    if meanwhile:
-        meanwhile(child)
-    with open(read, errors="replace") as stream:
-        output = stream.read()
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), output
+class Process:
+    """`work()` in a forked process. Attribute `id` is that of the process."""
+
+    def __init__(self, work: Callable[[], int]):
+        sys.stdout.flush()
+        self.read, write = os.pipe()  # not a file, because the disk of the other process may be full
+        self.id = os.fork()
+        if not self.id:
+            code = 1
+            try:
+                signal.alarm(TIMEOUT)
+                os.dup2(write, 1)
+                os.dup2(write, 2)
+                sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))
+                code = work()
+                sys.stdout.flush()
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        os.close(write)
+
+    def end(self) -> tuple[int, str]:
+        """Wait for its end: the exit code (negative: the signal that ended it) and what it printed."""
+        with open(self.read, errors="replace") as stream:
+            output = stream.read()
+        return os.waitstatus_to_exitcode(os.waitpid(self.id, 0)[1]), output
+
+
+def process(work: Callable[[], int], meanwhile: Callable[[int], None] = lambda number: None) -> tuple[int, str]:
+    """Run `work()` in a forked process to its end. meanwhile: called in this process with the id of the other one."""
+    child = Process(work)
+    meanwhile(child.id)
+    return child.end()
+
+
+def processes(count: int, program: str, argv: list, kill_after: float | None = None) -> tuple[int, str]:
+    """Run program.main(argv) in `count` processes, as torchrun does, and kill all of them after `kill_after` seconds.
+    Returns the worst exit code, and what the first process printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def work(rank: int) -> int:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        for name in [name for name in sys.modules if name.split(".")[0] in PROJECT]:
+            del sys.modules[name]  # the project reads these variables when it is imported
+        return importlib.import_module(program).main([*map(str, argv)])
+
+    children = [Process(lambda rank=rank: work(rank)) for rank in range(count)]
+    if kill_after is not None:
+        time.sleep(kill_after)
+        for child in children:
+            os.kill(child.id, signal.SIGKILL)
+    ends = [child.end() for child in children]
+    return max((code for code, _ in ends), key=abs), ends[0][1]
 
 
 def disturb(phase: str, number: int, before: Callable[[], None], after: Callable[[], None] = lambda: None):
@@ -245,6 +281,59 @@ def kill(small: Small, rng: random.Random, count: int) -> Trials:
         os.close(started)
         lost = "" if code in (0, -signal.SIGKILL) else f"exit code {code}, {printed[-300:]!r}"
         yield f"{phase} {number}{'' if inside else ', just after'}", lost or small.lost(output, *small.rerun(output))
+
+
+def kill_processes(small: Small, rng: random.Random, count: int) -> Trials:
+    """SIGKILL of both processes of a distillation at a random moment; then it is resumed with both."""
+    undisturbed = small.new()
+    start = time.monotonic()
+    code, printed = processes(2, "distill", small.command(undisturbed))
+    duration = time.monotonic() - start
+    assert code == 0, printed
+
+    def end(output: Path):
+        return (output / "student" / "model.safetensors").read_bytes(), history(output)
+
+    for _ in range(count):
+        output, seconds = small.new(), rng.uniform(0, duration)
+        code, printed = processes(2, "distill", small.command(output), kill_after=seconds)
+        lost = "" if code in (0, -signal.SIGKILL) else f"exit code {code}, {printed[-300:]!r}"
+        rerun = ["--resume", "--output", output] if (output / "run.json").exists() else small.command(output)
+        code, printed = processes(2, "distill", rerun)
+        if not lost and code:
+            lost = f"does not continue: exit code {code}, {printed[-300:]!r}"
+        yield f"after {seconds:.2f} s", lost or "ends differently" * (end(output) != end(undisturbed))
+        small.delete(output)
+
+
+def kill_fine_tuning(small: Small, rng: random.Random, count: int) -> Trials:
+    """SIGKILL of a fine-tuning, in one process or both of two, at a random moment; then the command is run again."""
+    data = write_glue("rte", small.folder / "RTE", train=12, dev=12)
+
+    def command(output: Path) -> list:
+        return ["--model", small.teacher, "--task", "rte", "--data", data, "--seeds", "0", "1", "2", "--max-steps", "4",
+                "--device", "cpu", "--output", output]
+
+    def end(output: Path, printed: str):
+        """The fine-tuned weights, and the table."""
+        weights = {path.relative_to(output): path.read_bytes() for path in output.rglob("model.safetensors")}
+        return weights, [line for line in printed.splitlines() if line.startswith("|")]
+
+    expected, durations = {}, {}
+    for number in (1, 2):
+        output, start = small.new(), time.monotonic()
+        code, printed = processes(number, "finetune", command(output))
+        assert code == 0 and printed.count("|"), printed
+        expected[number], durations[number] = end(output, printed), time.monotonic() - start
+    for _, number in zip(range(count), itertools.cycle((1, 2)), strict=False):
+        output, seconds = small.new(), rng.uniform(0, durations[number])
+        code, printed = processes(number, "finetune", command(output), kill_after=seconds)
+        lost = "" if code in (0, -signal.SIGKILL) else f"exit code {code}, {printed[-300:]!r}"
+        code, printed = processes(number, "finetune", command(output))
+        if not lost and code:
+            lost = f"does not continue: exit code {code}, {printed[-300:]!r}"
+        yield f"{number} after {seconds:.2f} s", lost or "ends differently" * (end(output, printed) != expected[number])
+        small.delete(output)
 
 
 # ---- 2. The disk is full -------------------------------------------------------------------------------------
@@ -725,9 +814,9 @@ def growth(small: Small, rng: random.Random, count: int) -> Trials:
 # ---- All of them ---------------------------------------------------------------------------------------------
 
 FAULTS = {  # fault -> the number of its trials in the long and in the short form
-    kill: (50, 7), disk_full: (50, 5), damaged_run: (120, 4), damaged_teacher: (120, 5), malicious_files: (150, 6),
-    any_config: (900, 30), any_flags: (500, 20), any_corpus: (900, 15), not_finite: (20, 2), hub: (7, 2),
-    growth: (2000, 100)}
+    kill: (100, 7), kill_processes: (40, 2), kill_fine_tuning: (60, 2), disk_full: (50, 5), damaged_run: (120, 4),
+    damaged_teacher: (120, 5), malicious_files: (150, 6), any_config: (900, 30), any_flags: (500, 20),
+    any_corpus: (900, 15), not_finite: (20, 2), hub: (7, 2), growth: (2000, 100)}
 
 
 def main() -> int:
