@@ -107,6 +107,17 @@ def mean_mse(student: list[torch.Tensor], teacher: list[torch.Tensor]):
     return sum(F.mse_loss(s.float(), t.float()) for s, t in zip(student, teacher, strict=True)) / len(teacher)
 
 
+def ranking_loss(student: Output, labels):
+    """A loss that ranks the units while the student still is the teacher, where no distillation loss has a gradient:
+    L_MLM or, without a head, the squared distance from the last layer's output plus noise. That has the gradient of a
+    Gaussian likelihood at a sampled target, as in the Fisher information [ours]. Like dropout, its noise depends on
+    the micro-batches."""
+    if student.logits is not None:
+        return F.cross_entropy(student.logits.float(), labels)
+    output = student.hidden[-1].float()  # (B,S,D)
+    return F.mse_loss(output, (output + torch.randn_like(output)).detach())
+
+
 class Distiller(nn.Module):
     """The student and the projections W_hidn^k (one per layer k) and W_emb, which map its states to the teacher's.
 
@@ -128,8 +139,8 @@ class Distiller(nn.Module):
 
     def forward(self, batch: data.Batch, teacher: Output, ranking_only: bool = False) -> dict[str, torch.Tensor]:
         """All losses by name, and `loss`, their weighted sum L = L_MLM + a1 L_pred + a2 L_hidn + a3 L_emb + a4 L_attn
-        (HomoDistil, section 3.1). A loss of weight 0 is left out, but for L_MLM if `ranking_only`."""
-        alphas = {"mlm": 1.0} | self.alphas if ranking_only else self.alphas
+        (HomoDistil, section 3.1). A loss of weight 0 is left out. With `ranking_only`, `ranking_loss` is added."""
+        alphas = self.alphas | {"ranking": 1.0} if ranking_only else self.alphas
         student = self.student(batch.input_ids, batch.positions, want_scores="attn" in alphas)
         losses = {}
         if "mlm" in alphas or "pred" in alphas:
@@ -141,6 +152,8 @@ class Distiller(nn.Module):
             losses["emb"] = mean_mse([self.embedding_projection(student.embedding)], [teacher.embedding])
         if "attn" in alphas:
             losses["attn"] = mean_mse(student.scores, teacher.scores)
+        if ranking_only:
+            losses["ranking"] = ranking_loss(student, batch.labels)
         losses = {name: losses[name] for name in alphas}
         return {"loss": sum(alphas[name] * loss for name, loss in losses.items())} | losses
 
@@ -247,8 +260,8 @@ def distill(args: argparse.Namespace, session: Session, state: TrainingState):
     start_shape = session.teacher_shape if args.init == "teacher" else session.target_shape
     while state.step < args.steps:
         # 1. Losses and gradients, one micro-batch at a time. Before the first prune the student is the teacher, and
-        #    only L_MLM has a gradient. If L_MLM is not trained on, that gradient ranks the units, but takes no step.
-        ranking_only = args.alpha_mlm == 0 and state.shape == session.teacher_shape and session.teacher.cls is not None
+        #    only L_MLM has a gradient. If it is not trained on, `ranking_loss` ranks the units, but takes no step.
+        ranking_only = "mlm" not in distiller.alphas and state.shape == session.teacher_shape
         losses: dict[str, torch.Tensor] = {}
         for batch, fraction, is_last in session.micro_batches(state):
             part = losses_and_gradients(state, session.teacher, batch, fraction, is_last, session.autocast,

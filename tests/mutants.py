@@ -76,8 +76,9 @@ MUTANTS = [
      "        prune.accumulate_importance(args.importance, state.statistics, distiller.student, 0.9)\n"
      "        optimizer.zero_grad()\n\n        # 4", "distill", "order_of"),
     ("distill.py", "        if not ranking_only:\n", "        if True:\n", "distill", "ranks_the_first_prune"),
-    ("distill.py", '{"mlm": 1.0} | self.alphas if ranking_only else self.alphas', "self.alphas", "distill",
+    ("distill.py", 'self.alphas | {"ranking": 1.0} if ranking_only else self.alphas', "self.alphas", "distill",
      "ranks_the_first_prune"),
+    ("distill.py", "torch.randn_like(output)", "torch.zeros_like(output)", "distill", "without_head_is_ranked"),
     ("distill.py", "prune.scheduled_shape(state.step + 1,", "prune.scheduled_shape(state.step + 2,", "distill",
      "equal_start_and_end"),
     ("distill.py", "prune.scheduled_shape(state.step + 1,", "prune.scheduled_shape(state.step,", "distill",

@@ -197,6 +197,23 @@ def test_without_the_masked_lm_loss_its_gradient_ranks_the_first_prune_but_train
     assert code == 0 and (output / "student" / "lineage.json").read_text() == lineage
 
 
+def test_a_teacher_without_head_is_ranked_by_its_output_and_unchanged_until_then(run, folder, tmp_path):
+    """In every layer half of the feed-forward neurons are read with weights of a thousandth: they are pruned."""
+    teacher = load_model(folder / "headless")
+    weak = [torch.randperm(64, generator=torch.Generator().manual_seed(i))[:32] for i in range(2)]
+    for layer, neurons in zip(teacher.bert.layers, weak, strict=True):
+        layer.output.dense.weight.data[:, neurons] *= 1e-3
+    shutil.copytree(folder / "headless", tmp_path / "teacher")
+    save_model(teacher, tmp_path / "teacher")
+    code, output = run("--prune-start", 0.5, "--prune-end", 0.5, "--eval-every", 1, "--eval-prunes",
+                       teacher=tmp_path / "teacher")
+    assert code == 0 and read_log(output, "prune")[0]["eval_before"]["hidden_mse"] == 0.0
+    assert [e["hidden_mse"] for e in read_log(output, "eval")[:3]] == [0.0] * 3
+    lineage = json.loads((output / "student" / "lineage.json").read_text())
+    for i, neurons in enumerate(weak):
+        assert not set(lineage[f"feed_forward.{i}"]) & set(neurons.tolist())
+
+
 # ---- The loop ------------------------------------------------------------------------------------------------
 
 
