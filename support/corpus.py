@@ -9,10 +9,12 @@ import itertools
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import sysconfig
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,11 +27,12 @@ from support.files import atomic_rename, locked, read_json, write_atomically
 from support.hub import hub_files
 
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
-PIECE = 1 << 14  # characters; longer documents are split, so that memory is bounded and parts can be held out
+PIECE = 1 << 14  # characters given to the tokenizer as one text; longer documents are split, so that memory is bounded
 RECORD = 1 << 26  # characters; a longer line of .jsonl is refused
 TOKENISE_AT_ONCE = 1 << 21  # characters given to the tokenizer's threads at a time
-HELDOUT_EVERY = 50  # one of this many documents is held out for evaluation ...
+HELDOUT_EVERY = 20  # one of this many documents is held out for evaluation ...
 HELDOUT_TOKENS = 1 << 20  # ... until there are this many tokens
+HEADING = re.compile(r" = [^=\s](.*[^=\s])? = \n*")  # " = Title = " of a WikiText article, not " = = Section = = "
 STANDARD_LIBRARY = Path(sysconfig.get_paths()["stdlib"])  # its docstrings are part of the demo text
 
 # ---- Documents -----------------------------------------------------------------------------------------------
@@ -75,76 +78,68 @@ def hub_parquet(names: list[str], config: str, corpus: str) -> list[str]:
     return folders[config]
 
 
-def read_documents(path: Path, progress=None) -> Iterator[str]:
-    """The documents of one file, none longer than PIECE characters, in bounded memory. Raises InputError.
-
-    A blank line ends a document in .txt; elsewhere every record is one.
-    """
+def read_pieces(path: Path, progress: tqdm) -> Iterator[str]:
+    """The text of one file in pieces of at most PIECE characters, in bounded memory. An empty piece ends a document: it
+    stands for a blank line of .txt, and follows every record of .jsonl and .parquet. Raises InputError."""
+    position = 0
     try:
         with open(path, "rb") as raw:
-            if path.name.endswith(".parquet"):
-                yield from read_parquet(path, progress)
-                return
-            plain = gzip.GzipFile(fileobj=raw) if path.name.endswith(".gz") else raw
-            if b"\0" in plain.read(4096):
-                raise InputError(f"corpus {path}: binary data, not text")
-            plain.seek(0)
-            text = io.TextIOWrapper(plain, encoding="utf-8", errors="replace")
-            records = path.name.endswith((".jsonl", ".jsonl.gz"))
-            lines = iter(lambda: text.readline(RECORD if records else PIECE), "")
-            document, size, position = [], 0, 0
-            for number, line in enumerate(lines, 1):
-                if progress is not None:
-                    progress.update(raw.tell() - position)
-                    position = raw.tell()
-                if records:
-                    yield from pieces(json_text(line, path, number))
-                    continue
-                if not line.strip() or size + len(line) > PIECE:
-                    yield "".join(document)
-                    document, size = [], 0
-                document.append(line)
-                size += len(line)
-            yield "".join(document)
-    except (OSError, EOFError, gzip.zlib.error) as error:
+            if path.suffix == ".parquet":
+                pieces = split(record_texts(parquet_records(raw), path))
+            else:
+                plain = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
+                if b"\0" in plain.peek(4096)[:4096]:
+                    raise InputError(f"corpus {path}: binary data, not text")
+                text = io.TextIOWrapper(plain, encoding="utf-8", errors="replace")
+                records = ".jsonl" in path.suffixes[-2:]
+                pieces = split(record_texts(json_records(text), path)) if records else txt_pieces(text)
+            for piece in pieces:
+                progress.update(raw.tell() - position)
+                position = raw.tell()
+                yield piece
+    except (OSError, EOFError, ValueError, KeyError, NotImplementedError, zlib.error) as error:  # zlib's, or pyarrow's
         raise InputError(f"corpus {path} cannot be read: {one_line(error)}") from None
 
 
-def json_text(line: str, path: Path, number: int) -> str:
-    """Field `text` of a JSON line, or nothing for a blank line."""
-    if not line.strip():
-        return ""
-    try:
-        text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        text = None
-    if not isinstance(text, str):
-        raise InputError(f"corpus {path}, line {number}: not a JSON object with a string in field 'text'")
-    return text
+def txt_pieces(text: io.TextIOBase) -> Iterator[str]:
+    complete = True  # the last piece ended with a line, so that this one starts another
+    while line := text.readline(PIECE):
+        starts, complete = complete, line.endswith("\n")
+        yield "" if starts and complete and line.isspace() else line
 
 
-def pieces(text: str) -> Iterator[str]:
-    text = text.encode(errors="replace").decode()  # JSON can contain half a surrogate pair, which is not text
-    return (text[i : i + PIECE] for i in range(0, len(text), PIECE))
+def json_records(text: io.TextIOBase) -> Iterator[object]:
+    while line := text.readline(RECORD):
+        try:
+            record = json.loads(line) if line.strip() else {"text": ""}
+        except (ValueError, RecursionError):
+            record = None
+        yield record
 
 
-def read_parquet(path: Path, progress) -> Iterator[str]:
-    import pyarrow
+def parquet_records(raw: io.BufferedIOBase) -> Iterator[object]:
     import pyarrow.parquet
 
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        if "text" not in file.schema_arrow.names:
-            raise InputError(f"corpus {path}: no column 'text'; columns are {', '.join(file.schema_arrow.names)}")
-        for batch in file.iter_batches(1024, columns=["text"]):
-            for text in batch.column(0).to_pylist():
-                if text is not None and not isinstance(text, str):
-                    raise InputError(f"corpus {path}: column 'text' does not contain text")
-                yield from pieces(text or "")
-            if progress is not None:
-                progress.update(path.stat().st_size * len(batch) // file.metadata.num_rows)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise InputError(f"corpus {path} cannot be read as parquet: {one_line(error)}") from None
+    for batch in pyarrow.parquet.ParquetFile(raw).iter_batches(1024, columns=["text"]):
+        yield from batch.to_pylist()
+
+
+def record_texts(records: Iterable[object], path: Path) -> Iterator[str]:
+    """Field `text` of every record; null is an empty text. Raises InputError."""
+    for number, record in enumerate(records, 1):
+        match record:
+            case {"text": str() | None as text}:
+                yield text or ""
+            case _:
+                raise InputError(f"corpus {path}, record {number}: not an object with a string in field 'text'")
+
+
+def split(texts: Iterable[str]) -> Iterator[str]:
+    """Every text in pieces of at most PIECE characters, and then an empty piece."""
+    for text in texts:
+        text = text.encode(errors="replace").decode() + "\n"  # JSON can contain half a surrogate pair, which is no text
+        yield from (text[i : i + PIECE] for i in range(0, len(text), PIECE))
+        yield ""
 
 
 def demo_files() -> Iterator[Path]:
@@ -159,11 +154,37 @@ def demo_documents() -> Iterator[str]:
     from pydoc_data.topics import topics
 
     for topic in sorted(topics):
-        yield from pieces(topics[topic])
+        yield topics[topic]
     for path in demo_files():
         tree = ast.parse(path.read_bytes())
         owners = [n for n in ast.walk(tree) if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef))]
-        yield from pieces("\n".join(filter(None, map(ast.get_docstring, owners))))
+        yield "\n".join(filter(None, map(ast.get_docstring, owners)))
+
+
+def numbered_pieces(files: list[Path], demo: bool) -> Iterator[tuple[int, str]]:
+    """The text of a corpus in pieces of at most PIECE characters, each with the number of its document. Shows progress.
+
+    What counts as a document decides what can be held out without having its other half in the training text. A record
+    of .jsonl and .parquet is a document, and a blank line ends one in .txt. WikiText has many blank lines and records
+    in one article: once a file has shown an article's heading, only another such heading starts a document.
+    """
+    number = 0
+    with tqdm(total=sum(file.stat().st_size for file in files), unit="B", unit_scale=True, desc="tokenise",
+              disable=None, leave=False) as progress:
+        sources = [read_pieces(file, progress) for file in files] + [split(demo_documents())] * demo
+        for source in sources:
+            headings, text = False, ""
+            for piece in source:
+                heading = HEADING.fullmatch(piece) is not None
+                headings = headings or heading
+                ends = heading or not (piece or headings)
+                if ends or len(text) + len(piece) > PIECE:
+                    yield number, text
+                    text = ""
+                number += ends
+                text += piece
+            yield number, text
+            number += 1
 
 
 # ---- Tokens: two flat arrays of token ids in a cache, made once ----------------------------------------------
@@ -181,7 +202,7 @@ class Tokens:
 def corpus_key(files: list[Path], demo: bool, tokenizer: Tokenizer) -> str:
     """A hash of everything that the cached tokens depend on: contents, tokenizer and the constants above."""
     version = importlib.metadata.version("tokenizers")
-    digest = hashlib.sha256(repr((5, demo, PIECE, TOKENISE_AT_ONCE, HELDOUT_EVERY, HELDOUT_TOKENS, version)).encode())
+    digest = hashlib.sha256(repr((6, demo, PIECE, TOKENISE_AT_ONCE, HELDOUT_EVERY, HELDOUT_TOKENS, version)).encode())
     digest.update(tokenizer.to_str().encode())
     for file in files:
         with open(file, "rb") as stream:
@@ -229,25 +250,27 @@ def write_tokens(files: list[Path], demo: bool, tokenizer: Tokenizer, folder: Pa
     dtype = np.dtype(np.uint16 if max(tokenizer.get_vocab().values()) < 1 << 16 else np.uint32)
     folder.mkdir(exist_ok=True)
     record = folder / "progress.json"
-    counts = dict.fromkeys(("train", "heldout", "documents", "blocks", "replaced"), 0)
+    counts = dict.fromkeys(("train", "heldout", "documents", "blocks", "replaced"), 0) | {"number": -1, "side": ""}
     if record.is_file():
         counts = read_json(record)
     with (
         open(folder / "train.bin", "ab") as train,
         open(folder / "heldout.bin", "ab") as heldout,
-        tqdm(total=sum(file.stat().st_size for file in files), unit="B", unit_scale=True, desc="tokenise",
-             disable=None, leave=False) as progress,
     ):
         train.truncate(counts["train"] * dtype.itemsize)  # whatever follows the record is written again
         heldout.truncate(counts["heldout"] * dtype.itemsize)
-        for texts in itertools.islice(blocks(files, demo, progress), counts["blocks"], None):
-            for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+        for block in itertools.islice(blocks(files, demo), counts["blocks"], None):
+            texts = [text for _, text in block]
+            encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            for (number, _), encoding in zip(block, encodings, strict=True):
                 ids = encoding.ids
-                if ids:
+                if ids and number != counts["number"]:  # a new document, which goes to one side with all its pieces
                     held = counts["documents"] % HELDOUT_EVERY == 0 and counts["heldout"] < HELDOUT_TOKENS
-                    (heldout if held else train).write(np.array(ids, dtype=dtype).tobytes())
-                    counts["heldout" if held else "train"] += len(ids)
+                    counts |= {"number": number, "side": "heldout" if held else "train"}
                     counts["documents"] += 1
+                if ids:
+                    (heldout if counts["side"] == "heldout" else train).write(np.array(ids, dtype=dtype).tobytes())
+                    counts[counts["side"]] += len(ids)
             counts["blocks"] += 1
             counts["replaced"] += sum(text.count("\ufffd") for text in texts)
             for part in (train, heldout):
@@ -263,15 +286,14 @@ def write_tokens(files: list[Path], demo: bool, tokenizer: Tokenizer, folder: Pa
     record.unlink()
 
 
-def blocks(files: list[Path], demo: bool, progress) -> Iterator[list[str]]:
-    """All documents, in lists of about TOKENISE_AT_ONCE characters."""
+def blocks(files: list[Path], demo: bool) -> Iterator[list[tuple[int, str]]]:
+    """All numbered pieces that are not blank, in lists of about TOKENISE_AT_ONCE characters."""
     block, size = [], 0
-    sources = [read_documents(file, progress) for file in files] + [demo_documents()] * demo
-    for document in itertools.chain(*sources):
-        if not document.strip():
+    for number, text in numbered_pieces(files, demo):
+        if not text.strip():
             continue  # a file can be a million blank lines
-        block.append(document)
-        size += max(len(document), 64)  # even a short text takes memory when it is encoded
+        block.append((number, text))
+        size += max(len(text), 64)  # even a short text takes memory when it is encoded
         if size > TOKENISE_AT_ONCE:
             yield block
             block, size = [], 0

@@ -31,9 +31,10 @@ WINDOW, STD = 5, 0.04  # tokens of a co-occurrence; standard deviation of the in
 
 def train_vocabulary(corpora: list[str]):
     """A WordPiece tokenizer, trained on every eighth block of the corpora."""
-    every_eighth = itertools.islice(blocks(corpus_files(corpora), "demo" in corpora, None), 0, None, 8)
+    every_eighth = itertools.islice(blocks(corpus_files(corpora), "demo" in corpora), 0, None, 8)
+    texts = ([text for _, text in block] for block in every_eighth)
     tokenizer = wordpiece_tokenizer({})
-    tokenizer.train_from_iterator(every_eighth, WordPieceTrainer(
+    tokenizer.train_from_iterator(texts, WordPieceTrainer(
         vocab_size=VOCAB_SIZE, special_tokens=list(SPECIAL_TOKENS), limit_alphabet=600, show_progress=False))
     return wordpiece_tokenizer(tokenizer.get_vocab())
 

@@ -21,23 +21,28 @@ from support.errors import InputError
 # ---- File formats --------------------------------------------------------------------------------------------
 
 
-def write_corpus(path, documents):
-    """The documents in the format that the file's name asks for."""
+def write_corpus(path, documents, separator="\n\n"):
+    """The documents in the format that the file's name asks for. separator: between documents of .txt."""
     if path.suffix == ".parquet":
         parquet.write_table(pa.table({"id": range(len(documents)), "text": documents}), path, row_group_size=7)
         return path
     if ".jsonl" in path.name:
         content = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(documents))
     else:
-        content = "\n\n".join(documents)
+        content = separator.join(documents)
     content = content.encode()
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     return path
 
 
 def read(*paths) -> list[str]:
-    files = corpora.corpus_files([str(path) for path in paths])
-    return [text.strip() for block in corpora.blocks(files, False, None) for text in block]
+    """The documents of files, each put together from its pieces."""
+    documents: dict[int, str] = {}
+    for block in corpora.blocks(corpora.corpus_files([str(path) for path in paths]), demo=False):
+        for number, piece in block:
+            assert len(piece) <= corpora.PIECE
+            documents[number] = documents.get(number, "") + piece
+    return [text.strip() for text in documents.values()]
 
 
 @pytest.mark.parametrize("suffix", corpora.SUFFIXES)
@@ -76,18 +81,45 @@ def test_parquet_may_have_empty_rows_and_any_string_type(tmp_path):
         assert read(tmp_path / "x.parquet") == ["a", "b"]
 
 
-def test_long_documents_are_split_without_losing_text(tmp_path):
-    text = " ".join(str(i) for i in range(20_000))
-    for name in ("x.txt", "x.jsonl", "x.parquet"):
-        found = read(write_corpus(tmp_path / name, [text, "end"]))
-        assert len(found) > 2 and max(map(len, found)) <= corpora.PIECE
-        assert re.sub(r"\s", "", "".join(found)) == re.sub(r"\s", "", text) + "end"
+def test_long_documents_are_read_in_pieces_without_losing_text(tmp_path):
+    for text in (" ".join(str(i) for i in range(20_000)), "\n".join(str(i) for i in range(20_000)),
+                 "a" * corpora.PIECE, "a" * 3 * corpora.PIECE + "\nb", "a" + " " * 2 * corpora.PIECE + "b"):
+        for name in ("x.txt", "x.jsonl", "x.parquet"):
+            found = read(write_corpus(tmp_path / name, [text, "end"]))
+            assert [re.sub(r"\s", "", document) for document in found] == [re.sub(r"\s", "", text), "end"]
+
+
+def wikitext(*titles: str) -> list[str]:
+    """Lines as in WikiText: a heading, a section with a heading, paragraphs, and a blank line after each of them."""
+    return [line for title in titles for line in (
+        f" = {title} = \n", " \n", f" {title} is a city . \n", " = = History = = \n", " \n",
+        f" In {title} 1 + 1 = 2 = 3 - 1 . \n", " = = = Old = = = \n", " \n", f" {title} is old . \n", " \n")]
+
+
+@pytest.mark.parametrize("suffix", corpora.SUFFIXES)
+def test_wikitext_documents_reach_from_one_article_heading_to_the_next(tmp_path, suffix):
+    """Whether the lines of the articles follow each other in .txt or are a record each."""
+    path, titles = tmp_path / f"x{suffix}", ["Rome", "= in mathematics", "1 = 1", "A", "Sea"]
+    lines = [" \n", " before \n", " \n", " the first heading \n", *wikitext(*titles)]
+    write_corpus(path, lines, separator="")
+    found = [re.sub(r"\s+", " ", text) for text in read(path, path)]
+    # A title that starts with "=" looks like a section, and its text belongs to the article before.
+    articles = [["Rome", "= in mathematics"], ["1 = 1"], ["A"], ["Sea"]]
+    expected = ["before", "the first heading"] + [" ".join("".join(wikitext(*group)).split()) for group in articles]
+    assert found == expected * 2  # the second file starts without headings
+
+
+def test_headings_of_other_formats_do_not_change_what_a_document_is(tmp_path):
+    lines = ["= Title =", "== Title ==", " = = Title = =", "=", " = ", " =  = ", "a = b", " = Title", "x = Title = "]
+    assert read(write_corpus(tmp_path / "x.txt", lines)) == [line.strip() for line in lines]
+    assert read(write_corpus(tmp_path / "x.jsonl", [" = Title = \nwith text", "a", "b"])) == [
+        "= Title = \nwith text", "a", "b"]
 
 
 def test_too_long_line_of_json_is_refused(tmp_path, refused, monkeypatch):
     monkeypatch.setattr(corpora, "RECORD", 5000)
     path = write_corpus(tmp_path / "x.jsonl", ["short", "y " * 2000, "z " * 5000])
-    with refused("x.jsonl", "line 3"):
+    with refused("x.jsonl", "record 3"):
         read(path)
 
 
@@ -129,7 +161,7 @@ def test_demo_corpus_is_found_in_the_cache_without_reading_it_again(tmp_path, to
 def test_demo_corpus_can_be_combined_with_files(tmp_path, corpus, tokenizer, monkeypatch):
     monkeypatch.setattr(corpora, "demo_documents", lambda: iter(["king " * 50] * 3))
     both, alone = (tokenise(names, tokenizer, tmp_path) for names in (["demo", str(corpus)], [str(corpus)]))
-    assert len(both.train) == len(alone.train) + 150 and both.key != alone.key
+    assert len(both.train) + len(both.heldout) == len(alone.train) + len(alone.heldout) + 150 and both.key != alone.key
 
 
 # ---- Bad input -----------------------------------------------------------------------------------------------
@@ -141,16 +173,19 @@ BAD_FILES = {  # name -> (content, words of the error)
     "empty.txt.gz": (b"", "empty"), "control_characters.txt": (b"\x01\x02\n\n\x7f", "empty"),
     "one_document.txt": (b"the king\nold river\nnew sea", "single document"),
     "one_record.jsonl": (b'{"text": "the king"}\n', "single document"),
+    "one_long_document.txt": (b"the king\n" * 10_000, "single document"),
+    "one_long_record.jsonl": (b'{"text": "' + b"the king " * 10_000 + b'"}', "single document"),
+    "one_article.txt": (b" = King = \n \n the king \n \n the queen \n", "single document"),
     "binary.txt": (bytes(range(256)) * 20, "binary"), "utf16.txt": ("the king\n\nthe queen".encode("utf-16"), "binary"),
     "binary_inside.txt.gz": (gzip.compress(bytes(range(256)) * 20), "binary"),
     "truncated.txt.gz": (LONG_GZIP[: len(LONG_GZIP) // 2], "cannot be read"),
     "no_gzip.txt.gz": (b"the king\n\nthe queen\n", "cannot be read"),
     "damaged.jsonl.gz": (LONG_GZIP[:20] + b"\xff" * 50 + LONG_GZIP[70:], "cannot be read"),
-    "broken.jsonl": (b'{"text": "a"}\n\n{"text": "b"}\n{"text": \n', "line 4"),
-    "no_text.jsonl": (b'{"text": "a"}\n{"body": "b"}\n', "line 2"), "no_object.jsonl": (b'"text"\n', "line 1"),
-    "number.jsonl": (b'{"text": 3}\n', "line 1"), "null.jsonl": (b'{"text": null}', "line 1"),
-    "list.jsonl": (b'["text"]\n', "line 1"), "deep.jsonl": (b"[" * 100_000, "line 1"),
-    "digits.jsonl": (b'{"text": ' + b"1" * 5000 + b"}", "line 1"),
+    "broken.jsonl": (b'{"text": "a"}\n\n{"text": "b"}\n{"text": \n', "record 4"),
+    "no_text.jsonl": (b'{"text": "a"}\n{"body": "b"}\n', "record 2"), "no_object.jsonl": (b'"text"\n', "record 1"),
+    "number.jsonl": (b'{"text": 3}\n', "record 1"), "null.jsonl": (b'{"text": null}', "empty"),
+    "list.jsonl": (b'["text"]\n', "record 1"), "deep.jsonl": (b"[" * 100_000, "record 1"),
+    "digits.jsonl": (b'{"text": ' + b"1" * 5000 + b"}", "record 1"),
     "empty.parquet": (b"", "parquet"), "text.parquet": (b"the king", "parquet"),
     "unknown.pdf": (b"the king\n\nthe queen", "unknown file type"), "unknown": (b"the king", "unknown file type"),
 }
@@ -167,8 +202,8 @@ def test_bad_file_is_refused_in_one_line_and_leaves_nothing_in_the_cache(tmp_pat
 
 def test_parquet_without_usable_text_is_refused(tmp_path, documents, refused):
     path = tmp_path / "x.parquet"
-    for columns, words in (({"body": ["a"], "title": ["b"]}, ("no column 'text'", "body, title")),
-                           ({"text": [1, 2]}, ("does not contain text",)),
+    for columns, words in (({"body": ["a"], "title": ["b"]}, ("record 1", "'text'")),
+                           ({"text": [1, 2]}, ("record 1", "'text'")),
                            ({"text": pa.array([b"a\xff", b"b"]).view(pa.string())}, ())):
         parquet.write_table(pa.table(columns), path)
         with refused("x.parquet", *words):
@@ -207,14 +242,48 @@ def day_numbers(tokens, tokenizer) -> set[str]:
     return set(re.findall(r"day ([\d ]+) :", tokenizer.decode([int(i) for i in tokens], skip_special_tokens=False)))
 
 
-def test_one_document_in_fifty_is_held_out_and_no_token_is_lost(tmp_path, corpus, documents, tokenizer):
+def expected_parts(documents: list[str], tokenizer, limit=1 << 20) -> tuple[list[int], list[int]]:
+    """The rule, for documents without any structure: every twentieth, until there are `limit` tokens, is held out."""
+    train, heldout = [], []
+    for i, text in enumerate(documents):
+        part = heldout if i % 20 == 0 and len(heldout) < limit else train
+        for begin in range(0, len(text), corpora.PIECE):  # a word at the border becomes two
+            part += tokenizer.encode(text[begin : begin + corpora.PIECE], add_special_tokens=False).ids
+    return train, heldout
+
+
+def test_one_document_in_twenty_is_held_out_and_no_token_is_lost(tmp_path, corpus, documents, tokenizer):
     tokens = tokenise([str(corpus)], tokenizer, tmp_path)
     assert tokens.train.dtype == np.uint16 and isinstance(tokens.train, np.memmap)
-    encoded = [tokenizer.encode(text, add_special_tokens=False).ids for text in documents]
-    assert tokens.heldout.tolist() == encoded[0] + encoded[50] + encoded[100]
-    assert tokens.train.tolist() == sum((ids for i, ids in enumerate(encoded) if i % 50), [])
+    assert (tokens.train.tolist(), tokens.heldout.tolist()) == expected_parts(documents, tokenizer)
     train, heldout = (day_numbers(part, tokenizer) for part in (tokens.train, tokens.heldout))
-    assert len(heldout) == 3 and len(train) == 117 and not train & heldout
+    assert len(heldout) == 6 and len(train) == 114 and not train & heldout
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.parquet"])
+def test_all_pieces_of_a_long_record_are_on_the_same_side(tmp_path, documents, tokenizer, monkeypatch, name):
+    monkeypatch.setattr(corpora, "TOKENISE_AT_ONCE", 40_000)  # some documents are in several blocks
+    long = [text * 200 if i % 5 in (0, 3) else text for i, text in enumerate(documents[:60])]
+    path = write_corpus(tmp_path / name, long)
+    for limit in (1 << 20, 25_000):  # the second is reached in the middle of a document
+        monkeypatch.setattr(corpora, "HELDOUT_TOKENS", limit)
+        tokens = tokenise([str(path)], tokenizer, tmp_path / "cache")
+        assert (tokens.train.tolist(), tokens.heldout.tolist()) == expected_parts(long, tokenizer, limit)
+
+
+@pytest.mark.parametrize("suffix", corpora.SUFFIXES)
+def test_no_article_of_wikitext_is_on_both_sides(tmp_path, tokenizer, suffix):
+    articles = [wikitext(f"day {i} :") * (1 + 200 * (i % 7 == 0)) for i in range(41)]  # some are longer than PIECE
+    for i in range(0, 41, 7):  # one heading each
+        articles[i][1:] = [line for line in articles[i][1:] if line != articles[i][0]]
+    lines = [line for article in articles for line in article]
+    path = write_corpus(tmp_path / f"x{suffix}", lines, separator="")
+    tokens = tokenise([str(path)], tokenizer, tmp_path / "cache")
+    train, heldout = (day_numbers(part, tokenizer) for part in (tokens.train, tokens.heldout))
+    assert {number.replace(" ", "") for number in heldout} == {"0", "20", "40"}
+    assert len(train) == 38 and not train & heldout
+    whole = tokenizer.encode("".join(lines), add_special_tokens=False).ids
+    assert len(tokens.train) + len(tokens.heldout) == len(whole)
 
 
 def test_heldout_part_is_limited(tmp_path, corpus, tokenizer, monkeypatch):
@@ -263,7 +332,7 @@ def test_interrupted_tokenisation_is_never_taken_for_a_finished_one(tmp_path, co
         with pytest.raises(InputError if isinstance(error, OSError) else error):
             tokenise([str(corpus)], tokenizer, tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*/meta.json"))
-    assert len(day_numbers(tokenise([str(corpus)], tokenizer, tmp_path / "cache").train, tokenizer)) == 117
+    assert len(day_numbers(tokenise([str(corpus)], tokenizer, tmp_path / "cache").train, tokenizer)) == 114
 
 
 # ---- Rows and masks ------------------------------------------------------------------------------------------
