@@ -1,6 +1,7 @@
 """Text files to token ids: file formats, the demo text, and resumable tokenisation into a memory-mapped cache."""
 
 import ast
+import functools
 import gzip
 import hashlib
 import importlib.metadata
@@ -15,15 +16,15 @@ import sys
 import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from support.errors import InputError, one_line
-from support.files import atomic_rename, locked, read_json, write_atomically
+from support.files import atomic_rename, file_hash, locked, read_json, write_atomically
 from support.hub import hub_files
 
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
@@ -33,7 +34,7 @@ TOKENISE_AT_ONCE = 1 << 21  # characters given to the tokenizer's threads at a t
 HELDOUT_EVERY = 20  # one of this many documents is held out for evaluation ...
 HELDOUT_TOKENS = 1 << 20  # ... until there are this many tokens
 HEADING = re.compile(r" = [^=\s](.*[^=\s])? = \n*")  # " = Title = " of a WikiText article, not " = = Section = = "
-STANDARD_LIBRARY = Path(sysconfig.get_paths()["stdlib"])  # its docstrings are part of the demo text
+NO_DEMO = {"test", "tests", "idle_test", "site-packages", "lib2to3", "pydoc_data"}  # folders of the standard library
 
 # ---- Documents -----------------------------------------------------------------------------------------------
 
@@ -43,39 +44,29 @@ def corpus_files(corpora: list[str]) -> list[Path]:
     `hub:OWNER/NAME:CONFIG`. `demo` has no files. Raises InputError."""
     files = []
     for corpus in corpora:
-        if corpus == "demo":
-            continue
         if corpus.startswith("hub:"):
             name, _, config = corpus[4:].partition(":")
-            folder, found = hub_files(name, "dataset", lambda names, c=config, n=corpus: hub_parquet(names, c, n))
-            files += [Path(folder) / file for file in found]
-        elif os.path.isdir(corpus):
-            found = sorted(p for p in Path(corpus).rglob("*") if p.name.endswith(SUFFIXES) and p.is_file())
+            folder, names = hub_files(name, "dataset", functools.partial(hub_parquet, corpus, config))
+            files += [Path(folder) / file for file in names]
+        elif corpus != "demo":
+            paths = sorted(Path(corpus).rglob("*")) if os.path.isdir(corpus) else [Path(corpus)]
+            found = [path for path in paths if path.name.endswith(SUFFIXES) and os.path.isfile(path)]
             if not found:
-                raise InputError(f"corpus {corpus}: no {', '.join(SUFFIXES)} file in this folder")
+                raise InputError(f"corpus {corpus}: no such file or folder with a name in {', '.join(SUFFIXES)}")
             files += found
-        elif not os.path.isfile(corpus):
-            raise InputError(f"corpus {corpus}: no such file or folder")
-        elif not corpus.endswith(SUFFIXES):
-            raise InputError(f"corpus {corpus}: unknown file type; use {', '.join(SUFFIXES)}")
-        else:
-            files.append(Path(corpus))
     return files
 
 
-def hub_parquet(names: list[str], config: str, corpus: str) -> list[str]:
-    """The training parquet files of a hub data set, which may contain several configurations, each in a folder."""
-    folders = {}
-    for name in sorted(names):
-        folder, _, file = name.rpartition("/")
-        if file.startswith("train") and file.endswith(".parquet"):
-            folders.setdefault(folder, []).append(name)
+def hub_parquet(corpus: str, config: str, names: list[str]) -> list[str]:
+    """The training files among the `names` of a hub data set: those in folder `config`, or in the only folder."""
+    train = sorted(name for name in names if re.search(r"(^|/)train[^/]*\.parquet$", name))
+    folders = sorted({os.path.dirname(name) for name in train})
     if not config and len(folders) == 1:
-        return folders.popitem()[1]
+        config = folders[0]
     if config not in folders:
-        raise InputError(f"corpus {corpus}: no parquet file train* in folder {config!r}; folders with such files: "
-                         f"{', '.join(list(folders)[:8]) or 'none'}")
-    return folders[config]
+        raise InputError(f"corpus {corpus}: no file train*.parquet in folder {config!r}; folders with such files: "
+                         f"{', '.join(folders[:8]) or 'none'}")
+    return [name for name in train if os.path.dirname(name) == config]
 
 
 def read_pieces(path: Path, progress: tqdm) -> Iterator[str]:
@@ -85,19 +76,22 @@ def read_pieces(path: Path, progress: tqdm) -> Iterator[str]:
     try:
         with open(path, "rb") as raw:
             if path.suffix == ".parquet":
-                pieces = split(record_texts(parquet_records(raw), path))
+                import pyarrow.parquet
+
+                batches = pyarrow.parquet.ParquetFile(raw).iter_batches(1024, columns=["text"])
+                pieces = record_pieces(path, (record for batch in batches for record in batch.to_pylist()))
             else:
                 plain = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
                 if b"\0" in plain.peek(4096)[:4096]:
                     raise InputError(f"corpus {path}: binary data, not text")
                 text = io.TextIOWrapper(plain, encoding="utf-8", errors="replace")
                 records = ".jsonl" in path.suffixes[-2:]
-                pieces = split(record_texts(json_records(text), path)) if records else txt_pieces(text)
+                pieces = record_pieces(path, json_records(text)) if records else txt_pieces(text)
             for piece in pieces:
                 progress.update(raw.tell() - position)
                 position = raw.tell()
                 yield piece
-    except (OSError, EOFError, ValueError, KeyError, NotImplementedError, zlib.error) as error:  # zlib's, or pyarrow's
+    except (OSError, EOFError, ValueError, NotImplementedError, zlib.error) as error:  # zlib's and pyarrow's, too
         raise InputError(f"corpus {path} cannot be read: {one_line(error)}") from None
 
 
@@ -111,54 +105,35 @@ def txt_pieces(text: io.TextIOBase) -> Iterator[str]:
 def json_records(text: io.TextIOBase) -> Iterator[object]:
     while line := text.readline(RECORD):
         try:
-            record = json.loads(line) if line.strip() else {"text": ""}
+            yield json.loads(line) if line.strip() else {"text": ""}
         except (ValueError, RecursionError):
-            record = None
-        yield record
+            yield None  # refused below
 
 
-def parquet_records(raw: io.BufferedIOBase) -> Iterator[object]:
-    import pyarrow.parquet
-
-    for batch in pyarrow.parquet.ParquetFile(raw).iter_batches(1024, columns=["text"]):
-        yield from batch.to_pylist()
-
-
-def record_texts(records: Iterable[object], path: Path) -> Iterator[str]:
-    """Field `text` of every record; null is an empty text. Raises InputError."""
+def record_pieces(source: object, records: Iterable[object]) -> Iterator[str]:
+    """Field `text` of every record, or nothing if it is null, in pieces, and then an empty piece. Raises InputError."""
     for number, record in enumerate(records, 1):
         match record:
             case {"text": str() | None as text}:
-                yield text or ""
+                # JSON can contain half a surrogate pair, which is not text
+                text = (text or "").encode(errors="replace").decode() + "\n"
+                yield from (text[i : i + PIECE] for i in range(0, len(text), PIECE))
+                yield ""
             case _:
-                raise InputError(f"corpus {path}, record {number}: not an object with a string in field 'text'")
-
-
-def split(texts: Iterable[str]) -> Iterator[str]:
-    """Every text in pieces of at most PIECE characters, and then an empty piece."""
-    for text in texts:
-        text = text.encode(errors="replace").decode() + "\n"  # JSON can contain half a surrogate pair, which is no text
-        yield from (text[i : i + PIECE] for i in range(0, len(text), PIECE))
-        yield ""
-
-
-def demo_files() -> Iterator[Path]:
-    """The source files of Python's standard library, in order, without tests and installed packages."""
-    for folder, folders, names in os.walk(STANDARD_LIBRARY):
-        folders[:] = sorted(set(folders) - {"test", "tests", "idle_test", "site-packages", "lib2to3", "pydoc_data"})
-        yield from (Path(folder) / name for name in sorted(names) if name.endswith(".py"))
+                raise InputError(f"corpus {source}, record {number}: not an object with a string in field 'text'")
 
 
 def demo_documents() -> Iterator[str]:
     """English text that comes with Python: the language reference and the docstrings of the standard library."""
     from pydoc_data.topics import topics
 
-    for topic in sorted(topics):
-        yield topics[topic]
-    for path in demo_files():
-        tree = ast.parse(path.read_bytes())
-        owners = [n for n in ast.walk(tree) if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef))]
-        yield "\n".join(filter(None, map(ast.get_docstring, owners)))
+    yield from (topics[topic] for topic in sorted(topics))
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(library.rglob("*.py")):
+        if NO_DEMO.isdisjoint(path.relative_to(library).parts):
+            owners = [node for node in ast.walk(ast.parse(path.read_bytes()))
+                      if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))]
+            yield "\n".join(filter(None, map(ast.get_docstring, owners)))
 
 
 def numbered_pieces(files: list[Path], demo: bool) -> Iterator[tuple[int, str]]:
@@ -171,7 +146,9 @@ def numbered_pieces(files: list[Path], demo: bool) -> Iterator[tuple[int, str]]:
     number = 0
     with tqdm(total=sum(file.stat().st_size for file in files), unit="B", unit_scale=True, desc="tokenise",
               disable=None, leave=False) as progress:
-        sources = [read_pieces(file, progress) for file in files] + [split(demo_documents())] * demo
+        sources = [read_pieces(file, progress) for file in files]
+        if demo:
+            sources.append(record_pieces("demo", ({"text": text} for text in demo_documents())))
         for source in sources:
             headings, text = False, ""
             for piece in source:
@@ -190,28 +167,17 @@ def numbered_pieces(files: list[Path], demo: bool) -> Iterator[tuple[int, str]]:
 # ---- Tokens: two flat arrays of token ids in a cache, made once ----------------------------------------------
 
 
-@dataclass
-class Tokens:
-    """A tokenised corpus: flat, memory-mapped arrays of token ids, and the hash of everything they depend on."""
-
-    train: np.ndarray
+class Tokens(NamedTuple):
+    train: np.ndarray  # memory-mapped token ids
     heldout: np.ndarray
-    key: str
+    key: str  # the hash of everything that they depend on
 
 
 def corpus_key(files: list[Path], demo: bool, tokenizer: Tokenizer) -> str:
     """A hash of everything that the cached tokens depend on: contents, tokenizer and the constants above."""
-    version = importlib.metadata.version("tokenizers")
-    digest = hashlib.sha256(repr((6, demo, PIECE, TOKENISE_AT_ONCE, HELDOUT_EVERY, HELDOUT_TOKENS, version)).encode())
-    digest.update(tokenizer.to_str().encode())
-    for file in files:
-        with open(file, "rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest() + file.name.encode(errors="replace"))
-    if demo:  # names and sizes instead of contents, because this runs every time
-        digest.update(platform.python_version().encode())
-        for path in demo_files():
-            digest.update(f"{path.relative_to(STANDARD_LIBRARY)} {path.stat().st_size}\n".encode())
-    return digest.hexdigest()[:32]
+    parts = [6, PIECE, TOKENISE_AT_ONCE, HELDOUT_EVERY, HELDOUT_TOKENS, importlib.metadata.version("tokenizers"),
+             tokenizer.to_str(), demo and platform.python_version(), *((file.name, file_hash(file)) for file in files)]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
 def tokenise(corpora: list[str], tokenizer: Tokenizer, cache: Path) -> Tokens:
@@ -220,15 +186,14 @@ def tokenise(corpora: list[str], tokenizer: Tokenizer, cache: Path) -> Tokens:
     One document in HELDOUT_EVERY is held out for evaluation. Raises InputError for a corpus that is missing, damaged,
     not text, or has fewer than two documents.
     """
-    files = corpus_files(corpora)
-    demo = "demo" in corpora
+    files, demo = corpus_files(corpora), "demo" in corpora
     try:
         key = corpus_key(files, demo, tokenizer)
         folder = Path(cache) / key
-        if not (folder / "meta.json").is_file():
+        if not folder.is_dir():
             folder.parent.mkdir(parents=True, exist_ok=True)
             with locked(folder.parent):  # if two runs start at once, the second waits
-                if not (folder / "meta.json").is_file():
+                if not folder.is_dir():
                     work = folder.with_name(f"{key}.unfinished")
                     try:
                         write_tokens(files, demo, tokenizer, work)
@@ -241,49 +206,42 @@ def tokenise(corpora: list[str], tokenizer: Tokenizer, cache: Path) -> Tokens:
     meta = read_json(folder / "meta.json")
     if meta["replaced"]:
         print(f"corpus: {meta['replaced']} characters were not UTF-8 and have been replaced", file=sys.stderr)
-    arrays = [np.memmap(folder / f"{part}.bin", dtype=meta["dtype"], mode="r") for part in ("train", "heldout")]
-    return Tokens(*arrays, key)
+    return Tokens(*(np.memmap(folder / f"{side}.bin", meta["dtype"], "r") for side in ("train", "heldout")), key)
 
 
 def write_tokens(files: list[Path], demo: bool, tokenizer: Tokenizer, folder: Path):
     """Write train.bin, heldout.bin and meta.json into `folder`, or resume there after the last recorded block."""
-    dtype = np.dtype(np.uint16 if max(tokenizer.get_vocab().values()) < 1 << 16 else np.uint32)
     folder.mkdir(exist_ok=True)
-    record = folder / "progress.json"
-    counts = dict.fromkeys(("train", "heldout", "documents", "blocks", "replaced"), 0) | {"number": -1, "side": ""}
+    record = folder / "meta.json"
+    meta = dict.fromkeys(("train", "heldout", "blocks", "replaced", "documents"), 0)  # tokens of each side, and counts
+    meta |= {"document": -1, "side": "train"}  # number and side of the last document
+    meta["dtype"] = "uint16" if max(tokenizer.get_vocab().values()) < 1 << 16 else "uint32"
     if record.is_file():
-        counts = read_json(record)
-    with (
-        open(folder / "train.bin", "ab") as train,
-        open(folder / "heldout.bin", "ab") as heldout,
-    ):
-        train.truncate(counts["train"] * dtype.itemsize)  # whatever follows the record is written again
-        heldout.truncate(counts["heldout"] * dtype.itemsize)
-        for block in itertools.islice(blocks(files, demo), counts["blocks"], None):
-            texts = [text for _, text in block]
-            encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-            for (number, _), encoding in zip(block, encodings, strict=True):
-                ids = encoding.ids
-                if ids and number != counts["number"]:  # a new document, which goes to one side with all its pieces
-                    held = counts["documents"] % HELDOUT_EVERY == 0 and counts["heldout"] < HELDOUT_TOKENS
-                    counts |= {"number": number, "side": "heldout" if held else "train"}
-                    counts["documents"] += 1
-                if ids:
-                    (heldout if counts["side"] == "heldout" else train).write(np.array(ids, dtype=dtype).tobytes())
-                    counts[counts["side"]] += len(ids)
-            counts["blocks"] += 1
-            counts["replaced"] += sum(text.count("\ufffd") for text in texts)
-            for part in (train, heldout):
-                part.flush()
-                os.fsync(part.fileno())
-            write_atomically(record, json.dumps(counts))
-    if counts["documents"] == 0:
-        raise InputError("the corpus is empty; use more text")
-    if counts["documents"] == 1:
-        raise InputError("the corpus holds a single document; put a blank line between documents, so that some can be "
-                         "held out for evaluation")
-    (folder / "meta.json").write_text(json.dumps(counts | {"dtype": dtype.name}))
-    record.unlink()
+        meta = read_json(record)
+    with open(folder / "train.bin", "ab") as train, open(folder / "heldout.bin", "ab") as heldout:
+        streams = {"train": train, "heldout": heldout}
+        for side, stream in streams.items():  # whatever follows the record is written again
+            stream.truncate(meta[side] * np.dtype(meta["dtype"]).itemsize)
+        for block in itertools.islice(blocks(files, demo), meta["blocks"], None):
+            encodings = tokenizer.encode_batch_fast([text for _, text in block], add_special_tokens=False)
+            for (document, text), encoding in zip(block, encodings, strict=True):
+                meta["replaced"] += text.count("\ufffd")
+                if not encoding.ids:
+                    continue
+                if document != meta["document"]:  # all its pieces go to the same side
+                    held = meta["documents"] % HELDOUT_EVERY == 0 and meta["heldout"] < HELDOUT_TOKENS
+                    meta |= {"document": document, "side": "heldout" if held else "train"}
+                    meta["documents"] += 1
+                streams[meta["side"]].write(np.array(encoding.ids, meta["dtype"]).tobytes())
+                meta[meta["side"]] += len(encoding.ids)
+            meta["blocks"] += 1
+            for stream in streams.values():
+                stream.flush()
+                os.fsync(stream.fileno())
+            write_atomically(record, json.dumps(meta))
+    if meta["documents"] < 2:
+        raise InputError("the corpus is empty or a single document; put a blank line between documents, so that one "
+                         "can be held out for evaluation")
 
 
 def blocks(files: list[Path], demo: bool) -> Iterator[list[tuple[int, str]]]:

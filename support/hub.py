@@ -17,21 +17,14 @@ def find_model(name: str) -> Path:
 
     Only the files that are needed are downloaded. Raises InputError, within 10 seconds if the hub is unreachable.
     """
-    if os.path.isdir(name):
-        return Path(name)
-    if os.path.exists(name):
-        raise InputError(f"{name} is a file: use the folder that contains it")
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        raise InputError(f"{name}: there is no such folder, and it is not a valid model name on the hub")
-
     def wanted(files: list[str]) -> list[str]:
-        weights = [w for w in WEIGHT_FILES if w in files][:1]
-        others = [f for f in ("config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json") if f in files]
-        if not weights or others[:1] != ["config.json"] or not {"vocab.txt", "tokenizer.json"} & set(others):
+        weights = [file for file in WEIGHT_FILES if file in files][:1]
+        tokenizer = [file for file in ("vocab.txt", "tokenizer.json") if file in files]
+        if not weights or not tokenizer or "config.json" not in files:
             raise InputError(f"{name} on the hub lacks config.json, a tokenizer or {' or '.join(WEIGHT_FILES)}")
-        return weights + others
+        return [*weights, *tokenizer, "config.json", *({"tokenizer_config.json"} & set(files))]
 
-    return Path(hub_files(name, "model", wanted)[0])
+    return Path(name if os.path.isdir(name) else hub_files(name, "model", wanted)[0])
 
 
 def hub_files(name: str, kind: str, wanted: Callable[[list[str]], list[str]]) -> tuple[str, list[str]]:
@@ -65,4 +58,4 @@ def hub_files(name: str, kind: str, wanted: Callable[[list[str]], list[str]]) ->
         raise InputError(f"{name}: there is no such folder here and no such public {kind} on the hub") from None
     except Exception as error:  # the hub's client raises its transport's own exceptions: all mean "not to be had"
         raise InputError(f"{name}: no such folder here, not in the hub's cache, and the hub did not deliver it "
-                         f"({one_line(error)}); check the name and the network, or give a local path") from None
+                         f"({one_line(error)}); check the name and the network, or give a local folder") from None

@@ -7,7 +7,6 @@ first 90 % of the time and 512 after it, as for the original BERT, so that all p
 
 import argparse
 import itertools
-import json
 import sys
 import time
 from pathlib import Path
@@ -61,10 +60,8 @@ def initialise(bert: Bert, tokens: np.ndarray):
 
 
 @torch.autocast("cpu", torch.bfloat16)
-def masked_lm(bert: Bert, batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Masked-LM loss and top-1 accuracy."""
-    logits = bert(batch.input_ids, batch.positions).logits.float()  # (M,V)
-    return F.cross_entropy(logits, batch.labels), (logits.argmax(-1) == batch.labels).float().mean()
+def masked_lm_loss(bert: Bert, batch) -> torch.Tensor:
+    return F.cross_entropy(bert(batch.input_ids, batch.positions).logits.float(), batch.labels)
 
 
 def main():
@@ -83,27 +80,27 @@ def main():
               for dim, decay in ((2, 0.01), (1, 0.0))]  # the pooler gets no gradient and keeps its initial weights
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)
     phases = [MaskedRows(tokens.train, length, tokenizer, MASKED_FRACTION) for length in (128, 512)]
-    heldout = MaskedRows(tokens.heldout, 128, tokenizer)
-    heldout_batch = heldout.batch(np.arange(min(256, len(heldout))), seed=0, step=0)
-    start, step, elapsed, evaluations = time.time(), 0, 0.0, []  # elapsed: fraction of the time
+    start, step, elapsed = time.time(), 0, 0.0  # elapsed: fraction of the time
     while elapsed < 1:
         rows = phases[elapsed > 0.9]
-        masked_lm(bert, rows.training_batch(0, step, TOKENS_PER_STEP // rows.seq_length))[0].backward()
+        loss = masked_lm_loss(bert, rows.training_batch(0, step, TOKENS_PER_STEP // rows.seq_length))
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(bert.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = PEAK_LEARNING_RATE * min(elapsed / 0.04, (1 - elapsed) / 0.96)
         optimizer.step()
         optimizer.zero_grad()
         step, elapsed = step + 1, (time.time() - start) / (60 * args.minutes)
-        if elapsed >= (len(evaluations) + 1) / 20:
-            loss, top1 = (value.item() for value in torch.no_grad()(masked_lm)(bert, heldout_batch))
-            evaluations.append({"step": step, "minutes": elapsed * args.minutes, "masked_lm_loss": loss, "top1": top1})
-            print(evaluations[-1], flush=True)
-            save_config(bert.config, args.output, "BertForMaskedLM")
-            save_tokenizer(tokenizer, args.output, bert.config.max_position_embeddings)
-            weights = {name: tensor.half() for name, tensor in bert.state_dict().items()}  # half precision is smaller
-            save_file(weights, args.output / "model.safetensors", metadata={"format": "pt"})
-            (args.output / "training.json").write_text(json.dumps({"evaluations": evaluations}, indent=2) + "\n")
+        if step % 100 == 0:
+            print(f"step {step}, {elapsed:.0%} of the time, training loss {loss.item():.3f}", flush=True)
+    heldout = MaskedRows(tokens.heldout, 128, tokenizer)
+    with torch.no_grad():
+        loss = masked_lm_loss(bert, heldout.batch(np.arange(min(256, len(heldout))), seed=0, step=0))
+    print(f"step {step}, held-out loss {loss.item():.3f}")
+    save_config(bert.config, args.output, "BertForMaskedLM")
+    save_tokenizer(tokenizer, args.output, bert.config.max_position_embeddings)
+    weights = {name: tensor.half() for name, tensor in bert.state_dict().items()}  # half precision is smaller
+    save_file(weights, args.output / "model.safetensors", metadata={"format": "pt"})
 
 
 if __name__ == "__main__":

@@ -634,7 +634,7 @@ def test_a_run_folder_is_never_overwritten_by_accident(run, plain, tmp_path, cap
 BAD_FLAGS = {
     ("--teacher", "no/such/folder/anywhere"): "no such folder",
     ("--teacher", "setup.cfg/../x y"): "not a valid model name",
-    ("--target-width", "32"): "below the teacher's 32",
+    ("--target-width", "32"): "from 1 to 31",
     ("--target-width", "0"): "from 1 to 31",
     ("--target-width", "-4"): "from 1 to 31",
     ("--target-width", "13"): "use width 12 or 14",

@@ -55,7 +55,7 @@ def test_name_of_neither_a_folder_nor_a_model_is_refused(name, refused):
 
 
 def test_file_in_place_of_a_model_folder_is_refused(corpus, refused):
-    with refused("is a file"):
+    with refused(str(corpus), "no such folder"):
         find_model(str(corpus))
 
 
@@ -98,15 +98,15 @@ def test_completeness_is_checked_for_every_split_separately(hub_snapshot, refuse
 
 def test_configuration_of_a_data_set_is_chosen_by_its_exact_name(refused):
     names = ["README.md", "en/train-0.parquet", "en/test-0.parquet", "en-old/train-0.parquet", "en/train.csv"]
-    assert hub_parquet(names, "en", "hub:x") == ["en/train-0.parquet"]
+    assert hub_parquet("hub:x", "en", names) == ["en/train-0.parquet"]
     for config in ("fr", ""):
         with refused("hub:x", f"{config!r}", "en", "en-old"):
-            hub_parquet(names, config, "hub:x")
+            hub_parquet("hub:x", config, names)
     with refused("hub:x", "none"):
-        hub_parquet(["x.csv"], "", "hub:x")
+        hub_parquet("hub:x", "", ["x.csv"])
 
 
 def test_only_configuration_of_a_data_set_needs_no_name():
-    assert hub_parquet(["data/train-1.parquet", "data/train-0.parquet"], "", "hub:x") == [
+    assert hub_parquet("hub:x", "", ["data/train-1.parquet", "data/train-0.parquet"]) == [
         "data/train-0.parquet", "data/train-1.parquet"]
-    assert hub_parquet(["train.parquet"], "", "hub:x") == ["train.parquet"]
+    assert hub_parquet("hub:x", "", ["train.parquet"]) == ["train.parquet"]

@@ -352,10 +352,10 @@ def test_given_heads_and_intermediate_size_are_taken():
 
 
 @pytest.mark.parametrize("hidden, intermediate, heads, words", [
-    (768, None, None, "below the teacher's 768"), (0, None, None, "from 1 to 767"), (-3, None, None, "from 1 to"),
+    (768, None, None, "must be from 1 to 767"), (0, None, None, "from 1 to 767"), (-3, None, None, "from 1 to"),
     (254, None, None, "use width 252 or 253"), (383, None, None, "use width 384 or 385"),
-    (760, None, None, "use width 744 or 756"), (384, 3073, None, "teacher's 3072"), (384, -5, None, "teacher's 3072"),
-    (384, None, 7, "do not divide"), (384, None, 13, "from 1 to the teacher's 12"), (384, None, 0, "from 1 to"),
+    (760, None, None, "use width 744 or 756"), (384, 3073, None, "from 1 to 3072"), (384, -5, None, "from 1 to 3072"),
+    (384, None, 7, "do not divide"), (384, None, 13, "heads 13 must be from 1 to 12"), (384, None, 0, "from 1 to"),
     (384, None, 4, "at most 64")])
 def test_impossible_target_shapes_are_refused(refused, hidden, intermediate, heads, words):
     with refused(words):
