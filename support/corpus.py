@@ -146,12 +146,10 @@ def numbered_pieces(files: list[Path], demo: bool) -> Iterator[tuple[int, str]]:
     number = 0
     with tqdm(total=sum(file.stat().st_size for file in files), unit="B", unit_scale=True, desc="tokenise",
               disable=None, leave=False) as progress:
-        sources = [read_pieces(file, progress) for file in files]
-        if demo:
-            sources.append(record_pieces("demo", ({"text": text} for text in demo_documents())))
-        for source in sources:
+        demo_records = [record_pieces("demo", ({"text": text} for text in demo_documents()))] if demo else []
+        for pieces in [*(read_pieces(file, progress) for file in files), *demo_records]:
             headings, text = False, ""
-            for piece in source:
+            for piece in pieces:
                 heading = HEADING.fullmatch(piece) is not None
                 headings = headings or heading
                 ends = heading or not (piece or headings)

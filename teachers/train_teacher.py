@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import MaskedRows  # noqa: E402
 from model import Bert, BertConfig  # noqa: E402
 from support.checkpoint import SPECIAL_TOKENS, save_config, save_tokenizer, wordpiece_tokenizer  # noqa: E402
-from support.corpus import blocks, corpus_files, tokenise  # noqa: E402
+from support.corpus import corpus_files, numbered_pieces, tokenise  # noqa: E402
 
 VOCAB_SIZE, HIDDEN_SIZE, LAYERS, HEADS = 8192, 256, 4, 8
 TOKENS_PER_STEP, PEAK_LEARNING_RATE, MASKED_FRACTION = 32 * 128, 2e-3, 0.3  # twice BERT's fraction, as text is short
@@ -29,11 +29,10 @@ WINDOW, STD = 5, 0.04  # tokens of a co-occurrence; standard deviation of the in
 
 
 def train_vocabulary(corpora: list[str]):
-    """A WordPiece tokenizer, trained on every eighth block of the corpora."""
-    every_eighth = itertools.islice(blocks(corpus_files(corpora), "demo" in corpora), 0, None, 8)
-    texts = ([text for _, text in block] for block in every_eighth)
+    """A WordPiece tokenizer, trained on every eighth piece of the corpora."""
+    every_eighth = itertools.islice(numbered_pieces(corpus_files(corpora), "demo" in corpora), 0, None, 8)
     tokenizer = wordpiece_tokenizer({})
-    tokenizer.train_from_iterator(texts, WordPieceTrainer(
+    tokenizer.train_from_iterator((text for _, text in every_eighth), WordPieceTrainer(
         vocab_size=VOCAB_SIZE, special_tokens=list(SPECIAL_TOKENS), limit_alphabet=600, show_progress=False))
     return wordpiece_tokenizer(tokenizer.get_vocab())
 

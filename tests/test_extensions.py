@@ -15,7 +15,7 @@ import distill
 import prune
 from data import Batch, MaskedRows
 from extensions.align_heads import align_heads, balancing_transforms, extended
-from extensions.compensate import UNMASKED_WEIGHT, Moments, compensate, fit_batches
+from extensions.compensate import UNMASKED_WEIGHT, Place, compensate, fit_batches
 from prune import Shape
 from support.checkpoint import load_model, load_tokenizer, save_model, save_tokenizer
 
@@ -193,14 +193,14 @@ def test_the_ridge_of_a_fit_is_a_thousandth_of_the_mean_square_and_draws_to_the_
     torch.manual_seed(0)
     x, keep = torch.randn(50, 6).double(), torch.tensor([1, 4, 5])
     x_k = extended(x[:, keep])
-    moments = Moments(keep)
-    moments.kept, moments.cross = x_k.T @ x_k, x_k.T @ x
+    place = Place(None, keep)
+    place.kept, place.cross = x_k.T @ x_k, x_k.T @ x
     weight = (1e-3 * (x[:, keep] ** 2).sum(0).mean()).sqrt()
     plain = torch.zeros(4, 6).double()
     plain[range(3), keep] = 1
     equations = torch.cat([x_k, weight * torch.eye(4).double()])
     expected = torch.linalg.lstsq(equations, torch.cat([x, weight * plain])).solution
-    torch.testing.assert_close(moments.fit(), expected)
+    torch.testing.assert_close(place.fit(), expected)
 
 
 def test_the_fit_of_the_projections_is_torch_s_own_weighted_least_squares(monkeypatch):
