@@ -1,7 +1,5 @@
 """Quality on held-out text, speed, and the table at the end of a run."""
 
-import statistics
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -30,8 +28,8 @@ def evaluate(distiller, teacher: Bert, heldout: MaskedRows, count: int, micro_ba
             outputs = {"": distiller.student(batch.input_ids, batch.positions),
                        "teacher_": teacher(batch.input_ids, batch.positions)}
             projected = distiller.project_hidden(outputs[""].hidden)
-        squares = [F.mse_loss(s.float(), t.float(), reduction="none").mean((1, 2))  # (B,)
-                   for s, t in zip(projected, outputs["teacher_"].hidden, strict=True)]
+        pairs = zip(projected, outputs["teacher_"].hidden, strict=True)
+        squares = [F.mse_loss(s.float(), t.float(), reduction="none").mean((1, 2)) for s, t in pairs]  # (B,)
         values = {"hidden_mse": sum(squares) / len(squares)}
         if teacher.cls is not None:
             log_q, log_p = (F.log_softmax(output.logits.float(), dim=-1) for output in outputs.values())  # (M,V)
@@ -56,14 +54,15 @@ def evaluate(distiller, teacher: Bert, heldout: MaskedRows, count: int, micro_ba
 def milliseconds_per_row(models: list[Bert], rows: MaskedRows, device, autocast) -> list[float]:
     """Forward time per row in a batch of at most 16: median of 7 after a warm-up, the models in alternation."""
     batch = rows.batch(np.arange(min(16, len(rows))), seed=0, step=0).to(device)
-    times: list[list[float]] = [[] for _ in models]
-    for _ in range(8):
-        for bert, measured in zip(models, times, strict=True):
-            start = synchronized_time(device)
-            with autocast():
-                bert.eval()(batch.input_ids)
-            measured.append((synchronized_time(device) - start) * 1000 / len(batch.input_ids))
-    return [statistics.median(measured[1:]) for measured in times]
+
+    def milliseconds(bert: Bert) -> float:
+        start = synchronized_time(device)
+        with autocast():
+            bert.eval()(batch.input_ids)
+        return (synchronized_time(device) - start) * 1000 / len(batch.input_ids)
+
+    times = [[milliseconds(bert) for bert in models] for _ in range(8)]
+    return np.median(times[1:], axis=0).tolist()
 
 
 def end_table(teacher: Bert, student: Bert, result: dict, milliseconds: list[float]) -> str:

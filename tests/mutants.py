@@ -41,8 +41,8 @@ MUTANTS = [
     ("prune.py", "layer.num_heads = new_shape.num_heads", "pass", "prune", "head"),
     ("prune.py", "state = optimizer.state.pop(old)", "state = optimizer.state[old]", "prune", "full_size"),
     ("prune.py", '"bert.pooler.dense": {"out": "hidden", "in"', '"bert.pooler.dense": {"in"', "prune", "shapes_of_a_new"),
-    ("support/shapes.py", "hidden_size // heads <= config.attention_head_size]", "True]", "prune", "possible or heads"),
-    ("support/shapes.py", "possible_heads(hidden_size, config)[0]", "possible_heads(hidden_size, config)[-1]", "prune",
+    ("support/shapes.py", "and hidden_size // count <= widest]", "]", "prune", "possible or heads"),
+    ("support/shapes.py", "possible[0], hidden_size // possible[0])", "possible[-1], hidden_size // possible[-1])", "prune",
      "default_shape"),
     # model.py
     ("model.py", "/ (num_heads * head_size**0.5)", "/ num_heads", "model", "scores"),
