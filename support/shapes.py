@@ -9,7 +9,7 @@ def target_shape(config: BertConfig, hidden_size: int, intermediate_size: int | 
                  heads: int | None = None) -> Shape:
     """The student's final shape for a teacher `config`. Unless given, F is in proportion to D, and H is the largest
     number, from the teacher's down to half of it, that divides D into heads no wider than the teacher's, because
-    `transformers` requires H * K = D. Raises InputError for a shape that is not below the teacher's or has no such H."""
+    `transformers` requires H * K = D. Raises InputError for a shape not below the teacher's or without such an H."""
     teacher_heads, widest = config.num_attention_heads, config.attention_head_size
     if intermediate_size is None:
         intermediate_size = max(1, round(config.intermediate_size * hidden_size / config.hidden_size))
