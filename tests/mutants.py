@@ -99,7 +99,7 @@ MUTANTS = [
     ("support/corpus.py", "heading or not (piece or headings)", "not (piece or headings)", "data", "article"),
     ("support/corpus.py", '" = [^=\\s](.*[^=\\s])? = \\n*"', '" = .* = \\n*"', "data", "article"),
     ("support/corpus.py", '*demo_records]:\n            headings, text = False, ""',
-     '*demo_records]:\n            headings, text = number > 9, ""', "data", "article"),
+     '*demo_records]:\n            headings, text = number > 0, ""', "data", "article"),
     ("support/corpus.py", "if starts and complete and line.isspace()", "if line.isspace()", "data", "long_documents"),
     ("support/corpus.py", "meta = read_json(record)", 'meta = read_json(record) | {"document": -1}', "crash_consistency",
      "tokenising"),
