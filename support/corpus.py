@@ -31,7 +31,7 @@ SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
 PIECE = 1 << 14  # characters given to the tokenizer as one text; longer documents are split, so that memory is bounded
 RECORD = 1 << 26  # characters; a longer line of .jsonl is refused
 TOKENISE_AT_ONCE = 1 << 21  # characters given to the tokenizer's threads at a time
-HELDOUT_EVERY = 20  # one of this many documents is held out for evaluation ...
+HELDOUT_SHARE = 0.05  # of the tokens, in whole documents, are held out for evaluation ...
 HELDOUT_TOKENS = 1 << 20  # ... until there are this many tokens
 HEADING = re.compile(r" = [^=\s](.*[^=\s])? = \n*")  # " = Title = " of a WikiText article, not " = = Section = = "
 NO_DEMO = {"test", "tests", "idle_test", "site-packages", "lib2to3", "pydoc_data"}  # folders of the standard library
@@ -173,7 +173,7 @@ class Tokens(NamedTuple):
 
 def corpus_key(files: list[Path], demo: bool, tokenizer: Tokenizer) -> str:
     """A hash of everything that the cached tokens depend on: contents, tokenizer and the constants above."""
-    parts = [6, PIECE, TOKENISE_AT_ONCE, HELDOUT_EVERY, HELDOUT_TOKENS, importlib.metadata.version("tokenizers"),
+    parts = [6, PIECE, TOKENISE_AT_ONCE, HELDOUT_SHARE, HELDOUT_TOKENS, importlib.metadata.version("tokenizers"),
              tokenizer.to_str(), demo and platform.python_version(), *((file.name, file_hash(file)) for file in files)]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
@@ -181,8 +181,8 @@ def corpus_key(files: list[Path], demo: bool, tokenizer: Tokenizer) -> str:
 def tokenise(corpora: list[str], tokenizer: Tokenizer, cache: Path) -> Tokens:
     """Tokenise corpora into `cache`, or find them there. The tokenizer's threads use all cores; memory is bounded.
 
-    One document in HELDOUT_EVERY is held out for evaluation. Raises InputError for a corpus that is missing, damaged,
-    not text, or has fewer than two documents.
+    A document is held out for evaluation whenever less than HELDOUT_SHARE of the tokens before it are. Raises
+    InputError for a corpus that is missing, damaged, not text, or has fewer than two documents.
     """
     files, demo = corpus_files(corpora), "demo" in corpora
     try:
@@ -227,7 +227,8 @@ def write_tokens(files: list[Path], demo: bool, tokenizer: Tokenizer, folder: Pa
                 if not encoding.ids:
                     continue
                 if document != meta["document"]:  # all its pieces go to the same side
-                    held = meta["documents"] % HELDOUT_EVERY == 0 and meta["heldout"] < HELDOUT_TOKENS
+                    share = HELDOUT_SHARE * (meta["train"] + meta["heldout"])
+                    held = meta["heldout"] <= min(share, HELDOUT_TOKENS - 1)
                     meta |= {"document": document, "side": "heldout" if held else "train"}
                     meta["documents"] += 1
                 streams[meta["side"]].write(np.array(encoding.ids, meta["dtype"]).tobytes())
