@@ -2,14 +2,12 @@
 
 import dataclasses
 import json
-import pickle
 import re
 from pathlib import Path
 
 import safetensors.torch
 import torch
-from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
-from tokenizers.models import WordPiece
+from tokenizers import BertWordPieceTokenizer, Tokenizer, normalizers
 
 from model import ACTIVATIONS, Bert, BertConfig
 from support.errors import InputError, one_line
@@ -18,33 +16,32 @@ from support.hub import WEIGHT_FILES
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
-# ---- config.json and weights ---------------------------------------------------------------------------------
+# Tensors in checkpoints that are not weights of model.py: a buffer, and the heads of other tasks.
+UNUSED = r"bert\.embeddings\.position_ids|cls\.seq_relationship\.|bert\.(classifier|qa_outputs)\."
 
 
 def load_config(folder: Path) -> BertConfig:
     """Read `folder/config.json`. Raises InputError for anything but a BERT that model.py can compute."""
     path = Path(folder) / "config.json"
-    raw = read_json(path)
+    raw = {name: value for name, value in read_json(path).items() if value is not None}
     for key, expected in (("model_type", "bert"), ("position_embedding_type", "absolute"), ("is_decoder", False),
                           ("tie_word_embeddings", True)):
-        if raw.get(key) not in (None, expected):
+        if raw.get(key, expected) != expected:
             raise InputError(f"{path}: {key} is {raw[key]!r}; only {expected!r} is supported")
     values = {}
     for field in dataclasses.fields(BertConfig):
-        name, value = field.name, raw.get(field.name)
-        if value is None:
-            value = field.default
-        if value is dataclasses.MISSING:
-            raise InputError(f"{path}: {name} is missing; this is not the config.json of a BERT")
-        least = 0 if name in ("attention_head_size", "pad_token_id") else 1
-        most = 1000 if name == "num_hidden_layers" else 10**6  # beyond any BERT: a damaged file must not hang us
-        if field.type is int and not (type(value) is int and least <= value <= most):
-            raise InputError(f"{path}: {name} is {value!r}; it must be a whole number from {least} to {most}")
-        if field.type is float and not (type(value) in (int, float) and 0 <= value < 1):
-            raise InputError(f"{path}: {name} is {value!r}; it must be a number from 0 to below 1")
-        if field.type is str and value not in list(ACTIVATIONS):
-            raise InputError(f"{path}: {name} {value!r} is unknown; known are {', '.join(ACTIVATIONS)}")
-        values[name] = field.type(value)
+        value = raw.get(field.name, field.default)
+        if field.type is int:
+            least = 0 if field.default == 0 else 1
+            most = 1000 if field.name == "num_hidden_layers" else 10**6  # else a damaged file could hang us
+            valid = type(value) is int and least <= value <= most
+        elif field.type is float:
+            valid = type(value) in (int, float) and 0 <= value < 1
+        else:
+            valid = value in list(ACTIVATIONS)
+        if not valid:
+            raise InputError(f"{path}: {field.name} is {raw.get(field.name, 'missing')!r}; no supported BERT has that")
+        values[field.name] = field.type(value)
     if not values["attention_head_size"] and values["hidden_size"] % values["num_attention_heads"]:
         raise InputError(f"{path}: hidden_size is not a multiple of num_attention_heads")
     return BertConfig(**values)
@@ -72,16 +69,16 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
             tensors = safetensors.torch.load_file(path)
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: tensor.float() for name, tensor in tensors.items()}
-    except pickle.UnpicklingError:  # torch's own message explains how to run the code anyway
-        raise InputError(f"{path} is damaged, or contains code beside tensors, and was not opened") from None
-    except Exception as error:  # anything from SafetensorError to UnicodeDecodeError
-        raise InputError(f"{path} is damaged or not a checkpoint: {one_line(error)}") from None
+        return {standard_name(str(name)): tensor.float() for name, tensor in tensors.items()}
+    except Exception as error:  # anything from SafetensorError to UnicodeDecodeError; torch's would need many lines
+        raise InputError(f"{path} is damaged, or contains code or other things than tensors, and was not opened "
+                         f"({type(error).__name__})") from None
 
 
 def standard_name(name: str) -> str:
     """The current name of a tensor from any generation of BERT checkpoints."""
-    name = str(name).replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+    name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+    name = name.replace("cls.predictions.decoder.bias", "cls.predictions.bias")
     return name if name.startswith(("bert.", "cls.")) else f"bert.{name}"
 
 
@@ -90,16 +87,12 @@ def load_model(folder: Path) -> Bert:
 
     Raises InputError, naming the tensors that are missing, unexpected or of the wrong shape.
     """
-    config = load_config(folder)
-    tensors = {standard_name(name): tensor for name, tensor in read_tensors(folder).items()}
-    if heads := {name.split(".")[1] for name in tensors if re.match(r"bert\.(classifier|qa_outputs)\.", name)}:
-        print(f"{folder}: the head of another task ({', '.join(sorted(heads))}) is dropped")
-    # These are not weights of this model.
-    ignored = r"bert\.embeddings\.position_ids|cls\.seq_relationship\..*|bert\.(classifier|qa_outputs)\..*"
-    tensors = {name: tensor for name, tensor in tensors.items() if not re.fullmatch(ignored, name)}
-    bias, decoder = (tensors.pop(f"cls.predictions.decoder.{kind}", None) for kind in ("bias", "weight"))
-    if bias is not None:
-        tensors.setdefault("cls.predictions.bias", bias)
+    config, tensors = load_config(folder), read_tensors(folder)
+    unused = sorted(name for name in tensors if re.match(UNUSED, name))
+    if unused:
+        print(f"{folder}: not part of this model and dropped: {', '.join(unused)}")
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in unused}
+    decoder = tensors.pop("cls.predictions.decoder.weight", None)
     if decoder is not None and not torch.equal(decoder, tensors.get("bert.embeddings.word_embeddings.weight", decoder)):
         raise InputError(f"{folder}: cls.predictions.decoder.weight differs from the word embeddings; tie it to them")
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
@@ -108,16 +101,11 @@ def load_model(folder: Path) -> Bert:
     with torch.device("meta"):  # takes no time: every tensor is assigned below
         model = Bert(config, pooler="bert.pooler.dense.weight" in tensors,
                      head=any(name.startswith("cls.predictions.") for name in tensors))
-    expected = model.state_dict()
-    problems = [f"{name} is missing" for name in expected if name not in tensors]
-    problems += [f"{name} is unexpected" for name in tensors if name not in expected]
-    problems += [f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(expected[name].shape)}"
-                 for name in expected if name in tensors and tensors[name].shape != expected[name].shape]
-    if problems:
-        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise InputError(f"{folder} does not fit its config.json: {'; '.join(problems[:8])}{more}")
-    model.load_state_dict(tensors, assign=True)
-    return model.requires_grad_(True)
+    try:
+        model.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        raise InputError(f"{folder} does not fit its config.json: {one_line(error)}") from None
+    return model
 
 
 def save_model(model: Bert, folder: Path):
@@ -127,19 +115,14 @@ def save_model(model: Bert, folder: Path):
     (Path(folder) / "model.safetensors").write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))
 
 
-# ---- Tokenizer -----------------------------------------------------------------------------------------------
-
-
 def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
     """The WordPiece tokenizer in `folder`, from tokenizer.json or from vocab.txt. Raises InputError."""
-    path, vocab, config = (Path(folder) / name for name in ("tokenizer.json", "vocab.txt", "tokenizer_config.json"))
+    path, config = Path(folder) / "tokenizer.json", Path(folder) / "tokenizer_config.json"
     if not path.is_file():
-        path = vocab
-    if not path.is_file():
-        raise InputError(f"{folder} contains neither tokenizer.json nor vocab.txt")
+        path = Path(folder) / "vocab.txt"
     settings = read_json(config) if config.is_file() else {}
     try:
-        if path != vocab:
+        if path.suffix == ".json":
             tokenizer = Tokenizer.from_file(str(path))
         else:
             # Not splitlines(), which also splits at U+2028, an entry of some vocabularies
@@ -148,7 +131,7 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
                 {word: i for i, word in enumerate(words)}, settings.get("do_lower_case", True),
                 settings.get("strip_accents"), settings.get("tokenize_chinese_chars", True))
     except Exception as error:  # tokenizers raises a bare Exception for a damaged file
-        raise InputError(f"{path} is damaged or not a tokenizer: {one_line(error)}") from None
+        raise InputError(f"{path} is not a tokenizer: {one_line(error)}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     missing = [token for token in SPECIAL_TOKENS if tokenizer.token_to_id(token) is None]
@@ -163,16 +146,9 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
 
 def wordpiece_tokenizer(vocab: dict[str, int], lowercase=True, strip_accents=None, split_chinese=True) -> Tokenizer:
     """BERT's tokenizer for a vocabulary: clean text, split at spaces and punctuation, longest pieces first."""
-    tokenizer = Tokenizer(WordPiece(vocab, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(True, split_chinese, strip_accents, lowercase)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    tokenizer.add_special_tokens([token for token in SPECIAL_TOKENS if token in vocab])
-    if "[CLS]" in vocab and "[SEP]" in vocab:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-            special_tokens=[(token, vocab[token]) for token in ("[CLS]", "[SEP]")])
-    return tokenizer
+    tokenizer = BertWordPieceTokenizer(vocab or None, lowercase=lowercase, strip_accents=strip_accents,
+                                       handle_chinese_chars=split_chinese)
+    return Tokenizer.from_str(tokenizer.to_str())
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int):
@@ -181,9 +157,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int):
     tokenizer.save(str(folder / "tokenizer.json"))
     vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     (folder / "vocab.txt").write_text("".join(f"{word}\n" for word, _ in vocab), encoding="utf-8")
-    names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length}
-    settings |= dict(zip(names, SPECIAL_TOKENS, strict=True))
+    settings |= {f"{token.strip('[]').lower()}_token": token for token in SPECIAL_TOKENS}  # such as pad_token
     rules = tokenizer.normalizer
     if isinstance(rules, normalizers.BertNormalizer):  # transformers rebuilds it from these, not from tokenizer.json
         settings |= {"tokenizer_class": "BertTokenizer", "do_lower_case": rules.lowercase,

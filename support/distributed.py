@@ -70,19 +70,6 @@ def init_distributed(device: torch.device, timeout: datetime.timedelta = datetim
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
 
 
-def cleanup_distributed():
-    """Close the connections at the end of a run. A process that exits without this may end with SIGABRT."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def rank0_stdout():
-    """Discard what all processes but the first print."""
-    with open(os.devnull, "w") as null, contextlib.redirect_stdout(null if RANK else sys.stdout):
-        yield
-
-
 def rank_slice(rows: int) -> tuple[int, int]:
     """First and last (exclusive) of the rows 0..`rows` that this process takes."""
     return rows * RANK // WORLD, rows * (RANK + 1) // WORLD

@@ -1,5 +1,7 @@
 """User errors: anything wrong with flags or files is reported in one line, without a stack trace."""
 
+import contextlib
+import os
 import sys
 from collections.abc import Callable
 
@@ -9,15 +11,11 @@ class InputError(Exception):
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop, and its state has been saved."""
-
-    def __init__(self, signal_number: int, message: str):
-        super().__init__(message)
-        self.signal_number = signal_number
+    """A signal asked the run to stop, and its state has been saved. Arguments: the message and the exit code."""
 
 
 def one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def run_program(program: str, work: Callable[[], None], resume_hint: str, memory_hint: str) -> int:
@@ -25,16 +23,17 @@ def run_program(program: str, work: Callable[[], None], resume_hint: str, memory
     all processes alike is printed by the first."""
     import torch
 
-    from support import distributed  # imports this module
+    from support.distributed import RANK, dist  # imports this module
 
     for_all = True
     try:
-        with distributed.rank0_stdout():
+        with open(os.devnull, "w") as null, contextlib.redirect_stdout(null if RANK else sys.stdout):
             work()
-            distributed.cleanup_distributed()
+        if dist.is_initialized():
+            dist.destroy_process_group()  # a process that exits without this may end with SIGABRT
         return 0
     except Interrupted as error:
-        message, code = str(error), 128 + error.signal_number
+        message, code = error.args
     except KeyboardInterrupt:
         message, code = f"interrupted; {resume_hint}", 130
     except InputError as error:
@@ -43,6 +42,6 @@ def run_program(program: str, work: Callable[[], None], resume_hint: str, memory
         message, code, for_all = f"error: the GPU's memory is full; {memory_hint}", 2, False
     except OSError as error:  # a full disk, a folder that may not be written
         message, code, for_all = f"error: {one_line(error)}; {resume_hint}", 2, False
-    if distributed.RANK == 0 or not for_all:
+    if RANK == 0 or not for_all:
         print(f"{program}: {message}", file=sys.stderr)
     return code

@@ -14,13 +14,11 @@ def read_json(path: Path) -> dict:
     """The JSON object in `path`. Raises InputError if there is none."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist") from None
+        if not isinstance(value, dict):
+            raise ValueError("not a JSON object")
+        return value
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON: {one_line(error)}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} does not contain a JSON object")
-    return value
 
 
 def fsync(path: Path):
@@ -40,10 +38,10 @@ def atomic_rename(work: Path, folder: Path):
     fsync(folder.parent)
 
 
-def write_atomically(path: Path, text: str):
-    """Replace a file: readers, and a run after a power failure, see the old text or the new."""
+def write_atomically(path: Path, content: str | bytes):
+    """Replace a file: readers, and a run after a power failure, see the old content or the new."""
     work = path.with_name(f"{path.name}.unfinished")
-    work.write_text(text, encoding="utf-8")
+    work.write_bytes(content.encode() if isinstance(content, str) else content)
     fsync(work)
     work.replace(path)
     fsync(path.parent)
@@ -60,15 +58,11 @@ def locked(folder: Path):
         os.close(descriptor)
 
 
-def file_hash(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def model_fingerprint(folder: Path) -> str:
     """A hash of everything that makes up a model: weights, shape and vocabulary."""
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.suffix in (".safetensors", ".bin") or path.name in ("config.json", "vocab.txt", "tokenizer.json"):
-            digest.update(f"{path.name} {file_hash(path)}".encode())
+            with open(path, "rb") as stream:
+                digest.update(f"{path.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}".encode())
     return digest.hexdigest()[:16]

@@ -2,14 +2,12 @@
 flags that are not the method's own, presets, and the flags of a resumed run."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from support.errors import InputError
-from support.files import read_json
-from support.run_folder import record_hash
+from support.run_folder import read_record
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,14 +18,12 @@ class Parser(argparse.ArgumentParser):
 def number(kind: type, low: float, high: float):
     """An argparse type: an int or a float from `low` to `high`."""
     def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = float("nan")
+        value = kind(text)  # argparse reports a ValueError
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number from {low} to {high}")
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return value
 
+    parse.__name__ = kind.__name__
     return parse
 
 
@@ -36,10 +32,6 @@ class Flag(NamedTuple):
     default: object
     kind: object  # bool for a switch, list for one or more words, a tuple of choices, or an argparse type
     help: str  # plain sentences, with unit and reason
-
-    @property
-    def key(self) -> str:
-        return self.name.removeprefix("--").replace("-", "_")
 
 
 COUNT, NONNEGATIVE, FRACTION = number(int, 1, 10**9), number(float, 0, 1e9), number(float, 0, 1)
@@ -50,7 +42,7 @@ DATA_FLAGS = (
     Flag("--corpus", [WIKIPEDIA], list, "Training text: .txt, .jsonl (field text), both also .gz, .parquet (column "
          "text), folders of these, hub:OWNER/NAME:CONFIG, or demo, the documentation that comes with Python."),
     Flag("--seq-length", 128, number(int, 8, 10**6), "Tokens per row."),
-    Flag("--cache-dir", Path.home() / ".cache" / "homotopic-distillation", Path, "Folder for tokenised text."),
+    Flag("--cache-dir", str(Path.home() / ".cache" / "homotopic-distillation"), str, "Folder for tokenised text."),
 )
 RUN_FLAGS = (
     Flag("--output", None, Path, "Run folder for run.json, log.jsonl and student/. Default: runs/TEACHER-D."),
@@ -83,17 +75,17 @@ def parse_flags(argv: list[str] | None, description: str, method_flags: tuple[Fl
     groups = {"method": method_flags, "data": DATA_FLAGS, "run": RUN_FLAGS, "evaluation": EVALUATION_FLAGS}
     parser = Parser(usage="%(prog)s [flags]", description=description, allow_abbrev=False,
                     argument_default=argparse.SUPPRESS)
+    defaults = {}
     for title, flags in groups.items():
         group = parser.add_argument_group(title)
         for flag in flags:
-            add_flag(group, flag)
+            defaults[add_flag(group, flag).dest] = flag.default
     argv = sys.argv[1:] if argv is None else argv
-    for word in argv:
-        if word.encode(errors="replace").decode() != word:  # such names cannot be written into run.json
-            raise InputError(f"{word!a} is not UTF-8: rename that file or folder")
+    words = " ".join(argv)
+    if words.encode(errors="ignore").decode() != words:  # such a name can neither be printed nor recorded
+        raise InputError("a file or folder name in the flags is not UTF-8: rename it")
     given = vars(parser.parse_args(argv))
-    defaults = {flag.key: flag.default for flags in groups.values() for flag in flags}
-    if given.get("resume"):
+    if "resume" in given:
         return argparse.Namespace(**resumed_flags(given, set(defaults)))
     chosen = given.get("preset", [])
     if unknown := [name for name in chosen if name not in presets]:
@@ -105,42 +97,27 @@ def parse_flags(argv: list[str] | None, description: str, method_flags: tuple[Fl
     return argparse.Namespace(**defaults | given | {"preset": chosen})
 
 
-def add_flag(group, flag: Flag):
+def add_flag(group, flag: Flag) -> argparse.Action:
+    if isinstance(flag.kind, tuple):
+        options = {"choices": flag.kind}
+    else:
+        options = {bool: {"action": "store_true"}, list: {"nargs": "+"}}.get(flag.kind, {"type": flag.kind})
     default = " ".join(flag.default) if flag.kind is list else flag.default
     hidden = default is None or default is False or default == ""
-    options = {"help": flag.help if hidden else f"{flag.help} [{default}]"}
-    if flag.kind is bool:
-        options["action"] = "store_true"
-    elif flag.kind is list:
-        options["nargs"] = "+"
-    elif isinstance(flag.kind, tuple):
-        options["choices"] = flag.kind
-    else:
-        options["type"] = flag.kind
-    group.add_argument(flag.name, **options)
+    return group.add_argument(flag.name, help=flag.help if hidden else f"{flag.help} [{default}]", **options)
 
 
 def resumed_flags(given: dict, known: set[str]) -> dict:
     """The flags of the run in --output, updated with those given now that may differ. Raises InputError."""
-    if given.get("overwrite"):
-        raise InputError("--resume and --overwrite exclude each other")
-    output = given.get("output")
-    if output is None:
-        raise InputError("--resume needs the folder of the run: give it with --output")
-    if not (output / "run.json").is_file():
-        raise InputError(f"--resume: there is no run in {output}")
-    record = read_json(output / "run.json")
-    flags = record.get("flags")
-    if not isinstance(flags, dict) or set(flags) != known:
-        raise InputError(f"--resume: {output / 'run.json'} was written by another version of this program")
-    if record.get("checksum") != record_hash(record):
-        raise InputError(f"--resume: {output / 'run.json'} is damaged (wrong checksum); start again with --overwrite")
-    if given.get("precision") == "auto":
-        del given["precision"]  # recorded is what it was
-    if "preset" in given and "demo" in flags["preset"]:  # recorded with what was added to it
-        given["preset"] = ["demo", *(name for name in given["preset"] if name != "demo")]
+    if "output" not in given or "overwrite" in given:
+        raise InputError("--resume needs the folder of the run as --output, and excludes --overwrite")
+    flags = read_record(given["output"]).get("flags", {})
+    if set(flags) != known:
+        raise InputError(f"--resume: {given['output'] / 'run.json'} was written by another version of this program")
     for name, value in given.items():
-        if name not in MAY_CHANGE_ON_RESUME and json.loads(json.dumps(value, default=str)) != flags[name]:
+        # The recorded precision is what "auto" chose, and the preset demo may have been added to those given.
+        implied = (name, value) == ("precision", "auto") or name == "preset" and ["demo", *value] == flags[name]
+        if name not in MAY_CHANGE_ON_RESUME and value != flags[name] and not implied:
             raise InputError(f"--resume: --{name.replace('_', '-')} was {flags[name]} when the run started and is now "
                              f"{value}; that would change the student: leave the flag out")
-    return flags | {"cache_dir": Path(flags["cache_dir"])} | given
+    return flags | {name: value for name, value in given.items() if name in MAY_CHANGE_ON_RESUME}

@@ -28,32 +28,25 @@ CPU_MICRO_BATCH = 64  # rows; larger ones gain nothing on a CPU
 ESTIMATE_AFTER = 3  # steps
 
 
-class GracefulStop:
-    """`with GracefulStop() as stop`: the first SIGTERM or Ctrl-C is remembered, so that the loop can save and stop. A
-    second one ends the process at once."""
+@contextlib.contextmanager
+def graceful_stop():
+    """`with graceful_stop() as received`: the number of the first SIGTERM or Ctrl-C is put into the list `received`, so
+    that the loop can save and stop. A second one ends the process at once."""
+    received: list[int] = []
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-    def __enter__(self):
-        self.signal_number = 0
-        self.previous = {number: signal.signal(number, self.handle) for number in self.SIGNALS}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.previous.items():
+    def restore():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
-    def handle(self, number, frame):
-        self.signal_number = number
-        for each in self.SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
+    def remember(number, frame):
+        received.append(number)
+        restore()
 
-    def requested(self) -> bool:
-        """Whether any process has received a signal. All processes must call this together."""
-        received = max(distributed.all_gather_objects(self.signal_number))
-        if received:  # else keep a signal that arrived after the exchange had begun: the next call reports it to all
-            self.signal_number = received
-        return received > 0
+    previous = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        restore()
 
 
 class Session:
@@ -88,27 +81,30 @@ class Session:
             raise InputError(f"--seq-length {args.seq_length} is beyond the teacher's "
                              f"{config.max_position_embeddings} positions")
         self.tokenizer = checkpoint.load_tokenizer(folder, config.vocab_size)
-        self.rows, self.heldout, corpus_key = data.load_rows(args.corpus, self.tokenizer, args.cache_dir,
+        self.rows, self.heldout, corpus_key = data.load_rows(args.corpus, self.tokenizer, Path(args.cache_dir),
                                                              args.seq_length)
-        if len(self.rows) < args.batch_size:
-            raise InputError(f"the corpus has {len(self.rows)} rows of {args.seq_length} tokens, fewer than one batch "
-                             f"of {args.batch_size}: use more text, or a smaller --batch-size or --seq-length")
-        if args.batch_size < WORLD:
-            raise InputError(f"--batch-size {args.batch_size} leaves some of the {WORLD} processes without rows")
+        if not WORLD <= args.batch_size <= len(self.rows):
+            raise InputError(f"--batch-size {args.batch_size} must be from {WORLD}, the number of processes, to "
+                             f"{len(self.rows)}, the rows of {args.seq_length} tokens in the corpus")
         self.fingerprints = {"corpus": corpus_key, "teacher": model_fingerprint(folder)}
-        self.checkpoints = run_folder.Checkpoints(args.output / "checkpoints")
-        self.saved = self.checkpoints.load_newest() if args.resume else None
+        self.checkpoints = args.output / "checkpoints"
+        self.saved = None  # the checkpoint to resume from
         if args.resume:
-            run_folder.check_fingerprints(args.output, self.fingerprints)
+            record = run_folder.read_record(args.output)
+            for name, fingerprint in self.fingerprints.items():
+                if record.get(name) != fingerprint:
+                    raise InputError(f"--resume: the {name} has changed since the run in {args.output} started; "
+                                     "restore it, or start again with --overwrite")
+            self.saved = run_folder.load_newest(self.checkpoints, self.device)
         distributed.init_distributed(self.device)
-        self.micro_batch_size = self.choose_micro_batch_size()
+        if args.micro_batch_size is None:  # recorded, so that a resumed run has the same
+            args.micro_batch_size = self.default_micro_batch_size()
+        self.micro_batch_size = args.micro_batch_size
 
-    def choose_micro_batch_size(self) -> int:
-        """--micro-batch-size, or that of the checkpoint, or what fits: a training step needs about 20 D + 4 F + 2 S
-        floats for every layer of a token, and 8 V for every masked position; half of the free memory is left."""
+    def default_micro_batch_size(self) -> int:
+        """What fits: a training step needs about 20 D + 4 F + 2 S floats for every layer of a token, and 8 V for every
+        masked position; half of the free memory is left."""
         args, config = self.args, self.teacher.config
-        if args.micro_batch_size or self.saved:
-            return args.micro_batch_size or self.saved[1]["micro_batch_size"]
         if self.device.type == "cpu":
             return min(CPU_MICRO_BATCH, -(-args.batch_size // WORLD))
         layer = 20 * config.hidden_size + 4 * config.intermediate_size + 2 * args.seq_length
@@ -123,29 +119,27 @@ class Session:
     def running(self, state):
         """The run folder, the log, the progress bar and the signal handlers, around the loop."""
         args = self.args
-        if not args.resume:
+        if RANK == 0 and not args.resume:
             run_folder.start_run(args, self.fingerprints)
-        if RANK == 0:
-            run_folder.truncate_log(args.output / "log.jsonl", state.step if self.saved else -1)
         self.print_plan(state)
         with (
             open(args.output / "log.jsonl" if RANK == 0 else os.devnull, "a") as self.log_file,
             tqdm(total=args.steps, initial=state.step, unit="step", desc="distill",
                  disable=None if RANK == 0 else True) as self.progress,
-            GracefulStop() as self.stop,
+            graceful_stop() as self.signals,
         ):
+            if RANK == 0:  # forget what was logged after the checkpoint, which these steps log again
+                self.log_file.truncate(min(self.saved["log_bytes"], self.log_file.tell()) if self.saved else 0)
             if self.saved:
-                self.result = self.saved[1]["evaluation"]
+                self.result = self.saved["evaluation"]
             else:
                 self.log_evaluation(state)
-            self.first_step, self.saved_at = state.step, time.monotonic()
-            self.started = self.interval_start = time.perf_counter()  # both leave out evaluations and saving
-            self.interval_tokens = 0
+            self.step_seconds: list[float] = []
+            self.step_start, self.saved_at = time.perf_counter(), time.monotonic()
             yield
-            self.checkpoints.wait()
-            self.export(state)
         if RANK == 0:
-            shutil.rmtree(self.checkpoints.folder)
+            self.export(state)
+            shutil.rmtree(self.checkpoints)
             milliseconds = milliseconds_per_row([self.teacher, state.distiller.student], self.heldout, self.device,
                                                 self.autocast)
             print(end_table(self.teacher, state.distiller.student, self.result, milliseconds))
@@ -153,14 +147,14 @@ class Session:
 
     def print_plan(self, state):
         args = self.args
-        tokens = args.steps * args.batch_size * args.seq_length
+        rows = args.steps * args.batch_size
         print(f"settings: {'preset ' * bool(args.preset)}{' + '.join(args.preset) or 'those of the paper'}, learning "
               f"rate {args.learning_rate:g}, {args.precision}")
         print(f"{args.teacher}: {self.teacher.parameter_count() / 1e6:.1f} M parameters, D F H K "
               f"{tuple(self.teacher_shape)} -> {tuple(self.target_shape)}")
         print(f"{args.steps:,} steps of {args.batch_size:,} x {args.seq_length} tokens on {self.device}"
-              f"{f' and {WORLD - 1} more' * (WORLD > 1)}: {tokens / 1e6:,.1f} million tokens, "
-              f"{args.steps * args.batch_size / len(self.rows):.1f} passes over the corpus of {len(self.rows):,} rows "
+              f"{f' and {WORLD - 1} more' * (WORLD > 1)}: {rows * args.seq_length / 1e6:,.1f} million tokens, "
+              f"{rows / len(self.rows):.1f} passes over the corpus of {len(self.rows):,} rows "
               f"({len(self.heldout):,} held out)")
         if self.saved:
             print(f"resumed after step {state.step}")
@@ -168,8 +162,6 @@ class Session:
     def export(self, state):
         """Write the student atomically as a standard model folder, with `lineage.json`: for every group the teacher
         indices of the kept units (none for a student that started from random weights)."""
-        if RANK:
-            return
         student, folder = state.distiller.student, self.args.output / "student"
         work = folder.with_name("student.unfinished")
         shutil.rmtree(work, ignore_errors=True)
@@ -187,25 +179,29 @@ class Session:
         torch.manual_seed(((args.seed * args.steps + state.step) * WORLD + RANK) % 2**63)  # of dropout
         first, stop = rank_slice(args.batch_size)
         for begin in range(first, stop, self.micro_batch_size):
-            if (WORLD == 1 or begin == first) and self.stop.requested():
-                self.save_and_stop(state)
+            if WORLD == 1 or begin == first:  # the others may be at another micro-batch
+                self.stop_on_signal(state)
             end = min(begin + self.micro_batch_size, stop)
             batch = self.rows.training_batch(args.seed, state.step, args.batch_size, begin, end).to(self.device)
             yield batch, (end - begin) / args.batch_size, end == stop
 
+    def stop_on_signal(self, state):
+        """Save and raise Interrupted if any process has received a signal. All processes must call this together."""
+        received = max(distributed.all_gather_objects(max(self.signals, default=0)))
+        if received:
+            self.save(state)
+            raise Interrupted(f"interrupted after step {state.step}, which is saved; to resume: python distill.py "
+                              f"--resume --output {self.args.output}", 128 + received)
+
     @contextlib.contextmanager
     def logged_prune(self, state):
         """Log a prune: the shapes, how long it took and, with --eval-prunes, evaluations before and after."""
-        before, evaluations = state.shape, {}
-        if self.args.eval_prunes:
-            evaluations["eval_before"] = self.evaluation(state)
-        start = synchronized_time(self.device)
+        evaluation = self.evaluation if self.args.eval_prunes else lambda state: None
+        before, eval_before, start = state.shape, evaluation(state), synchronized_time(self.device)
         yield
         milliseconds = (synchronized_time(self.device) - start) * 1000
-        if self.args.eval_prunes:
-            evaluations["eval_after"] = self.evaluation(state)
         self.log("prune", step=state.step + 1, before=before._asdict(), after=state.shape._asdict(),
-                 milliseconds=milliseconds, **evaluations)
+                 milliseconds=milliseconds, eval_before=eval_before, eval_after=evaluation(state))
 
     def check_finite(self, state, losses: dict[str, float], gradient_norm: float):
         if not math.isfinite(gradient_norm + losses["loss"]):
@@ -217,38 +213,36 @@ class Session:
         """Log, evaluate and save after step `state.step`, when they are due."""
         args, step = self.args, state.step
         is_final = step == args.steps
+        self.step_seconds.append(time.perf_counter() - self.step_start)
         self.progress.update()
-        self.interval_tokens += args.batch_size * args.seq_length
-        if step - self.first_step == ESTIMATE_AFTER and not is_final:
-            seconds = (time.perf_counter() - self.started) / ESTIMATE_AFTER * (args.steps - step)
+        if len(self.step_seconds) == ESTIMATE_AFTER and not is_final:
+            seconds = sum(self.step_seconds) / ESTIMATE_AFTER * (args.steps - step)
             self.progress.write(f"about {datetime.timedelta(seconds=round(seconds))} (h:mm:ss) left; steps get faster "
                                 "as the student shrinks, and a smaller --steps makes the run shorter")
         if step % args.log_every == 0 or is_final:
             self.log_training(state, losses, rate, gradient_norm)
-        before = time.perf_counter()
         if step % (args.eval_every or max(1, args.steps // 10)) == 0 or is_final:
             self.log_evaluation(state)
         if is_final or time.monotonic() - self.saved_at >= 60 * args.save_minutes:
             self.save(state)
             self.saved_at = time.monotonic()
-        pause = time.perf_counter() - before
-        self.started, self.interval_start = self.started + pause, self.interval_start + pause
+        self.step_start = time.perf_counter()  # evaluations and saving are not part of a step
 
     def log(self, event: str, **values):
         self.log_file.write(json.dumps({"event": event, **values}) + "\n")
         self.log_file.flush()
 
     def log_training(self, state, losses: dict[str, float], rate: float, gradient_norm: float):
-        speed = self.interval_tokens / (time.perf_counter() - self.interval_start)
+        recent = self.step_seconds[-self.args.log_every :]
+        batch_tokens = self.args.batch_size * self.args.seq_length
+        speed = batch_tokens * len(recent) / sum(recent)
         named = {name if name == "loss" else f"loss_{name}": value for name, value in losses.items()}
-        self.log("train", step=state.step, tokens=state.step * self.args.batch_size * self.args.seq_length, **named,
-                 **state.shape._asdict(), parameters=state.distiller.student.parameter_count(), learning_rate=rate,
-                 gradient_norm=gradient_norm, tokens_per_second=speed,
-                 memory_mb=distributed.peak_memory_mb(self.device))
+        self.log("train", step=state.step, tokens=state.step * batch_tokens, **named, **state.shape._asdict(),
+                 parameters=state.distiller.student.parameter_count(), learning_rate=rate, gradient_norm=gradient_norm,
+                 tokens_per_second=speed, memory_mb=distributed.peak_memory_mb(self.device))
         self.progress.set_postfix({name: f"{value:.3f}" for name, value in losses.items()} |
                                   {"D": state.shape.hidden_size, "F": state.shape.intermediate_size,
                                    "tok_s": f"{speed:,.0f}"})
-        self.interval_start, self.interval_tokens = time.perf_counter(), 0
 
     def evaluation(self, state) -> dict[str, float]:
         return evaluate(state.distiller, self.teacher, self.heldout, min(self.args.eval_rows, len(self.heldout)),
@@ -263,27 +257,20 @@ class Session:
         self.progress.write(f"step {state.step:>6}  {shape}  {values}")
 
     def save(self, state):
+        """Write a checkpoint: the state, and what a resumed run needs to log the same."""
         if RANK == 0:
-            fsync(self.args.output / "log.jsonl")
-            tensors = run_folder.state_tensors(state.distiller, state.optimizer,
-                                               state.statistics | {"lineage": state.lineage})
-            self.checkpoints.save(state.step, tensors, {
-                "shape": state.shape._asdict(), "statistics": list(state.statistics),
-                "micro_batch_size": self.micro_batch_size, "evaluation": self.result})
-
-    def save_and_stop(self, state):
-        self.save(state)
-        self.checkpoints.wait()
-        raise Interrupted(self.stop.signal_number, f"interrupted after step {state.step}, which is saved; to resume: "
-                          f"python distill.py --resume --output {self.args.output}")
+            log = self.args.output / "log.jsonl"
+            fsync(log)
+            run_folder.save_checkpoint(self.checkpoints, {
+                "step": state.step, "shape": state.shape._asdict(), "model": state.distiller.state_dict(),
+                "optimizer": state.optimizer.state_dict(), "lineage": state.lineage, "statistics": state.statistics,
+                "evaluation": self.result, "log_bytes": log.stat().st_size})
 
     def restore(self, state):
         """Bring a new state to where the checkpoint was saved: prune, then load weights, moments and statistics."""
-        tensors, record = self.saved
-        state.lineage = run_folder.with_prefix(tensors, "lineage.", self.device)
-        state.statistics = {name: run_folder.with_prefix(tensors, f"{name}.", self.device)
-                            for name in record["statistics"]}
-        state.step, state.shape = record["step"], prune.Shape(**record["shape"])
+        saved = self.saved
+        state.step, state.shape = saved["step"], prune.Shape(**saved["shape"])
+        state.lineage, state.statistics = saved["lineage"], saved["statistics"]
         prune.prune_units(state.distiller, state.lineage, state.shape, state.optimizer)
-        state.distiller.load_state_dict(run_folder.with_prefix(tensors, "model.", self.device))
-        run_folder.restore_moments(state.distiller, state.optimizer, tensors)
+        state.distiller.load_state_dict(saved.pop("model"))
+        state.optimizer.load_state_dict(saved.pop("optimizer"))

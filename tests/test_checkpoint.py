@@ -264,7 +264,8 @@ def test_the_head_of_a_fine_tuned_checkpoint_is_dropped_with_one_line(folder, ca
     good = load_file(folder / "model.safetensors")
     write_safetensors(folder, good | {f"{head}.weight": torch.zeros(2, 32), f"{head}.bias": torch.zeros(2)})
     bert = load_model(folder)
-    assert capsys.readouterr().out == f"{folder}: the head of another task ({head}) is dropped\n"
+    assert capsys.readouterr().out == (
+        f"{folder}: not part of this model and dropped: bert.{head}.bias, bert.{head}.weight\n")
     assert not [name for name, _ in bert.named_parameters() if head in name]
 
 
@@ -274,22 +275,22 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(folder, refused):
     transform = "cls.predictions.transform.dense.weight"  # a head of which a part is missing is not "no head"
     for missing in (key, transform):
         write_safetensors(folder, {name: tensor for name, tensor in good.items() if name != missing})
-        with refused(f"{missing} is missing"):
+        with refused("Missing", missing):
             load_model(folder)
     for unexpected in ("bert.encoder.layer.2.output.dense.bias", "score.weight"):
         write_safetensors(folder, good | {unexpected: torch.zeros(3)})
-        with refused(f"{unexpected} is unexpected"):
+        with refused("Unexpected", unexpected):
             load_model(folder)
     write_safetensors(folder, good | {query: torch.zeros(32, 31)})
-    with refused(f"{query} has shape (32, 31), not (32, 32)"):
+    with refused(f"size mismatch for {query}", "[32, 31]", "[32, 32]"):
         load_model(folder)
 
 
 def test_many_problems_are_reported_in_one_short_line(folder, refused):
     write_safetensors(folder, {f"x{i}": torch.zeros(1) for i in range(500)})
-    with refused("bert.embeddings.word_embeddings.weight is missing", "more") as caught:
+    with refused("Missing", "bert.embeddings.word_embeddings.weight") as caught:
         load_model(folder)
-    assert len(str(caught.value)) < 2000
+    assert len(str(caught.value)) < 1000
 
 
 def test_weights_that_are_not_finite_are_refused(folder, refused):
@@ -316,7 +317,7 @@ def test_folder_without_weights_or_config_is_refused(folder, refused):
     with refused("no model.safetensors and no pytorch_model.bin"):
         load_model(folder)
     (folder / "config.json").unlink()
-    with refused("config.json does not exist"):
+    with refused("config.json cannot be read", "No such file"):
         load_model(folder)
 
 
@@ -455,7 +456,9 @@ def test_tokenizer_with_ids_outside_the_models_vocabulary_is_refused(checkpoint,
 
 
 def test_vocabulary_without_special_tokens_is_refused(tmp_path, refused):
-    with refused("vocab.txt", "[CLS], [MASK] not in the vocabulary"):
+    with refused("vocab.txt", "[PAD], [MASK] not in the vocabulary"):
+        load_tokenizer(write_vocabulary(tmp_path, ["[CLS]", "[UNK]", "[SEP]", "a"]), 10)
+    with refused("vocab.txt", "cls_token not found in the vocabulary"):
         load_tokenizer(write_vocabulary(tmp_path, ["[PAD]", "[UNK]", "[SEP]", "a"]), 10)
 
 
@@ -469,5 +472,5 @@ def test_damaged_tokenizer_is_refused(tmp_path, refused, name, content):
 
 
 def test_folder_without_tokenizer_is_refused(tmp_path, refused):
-    with refused("neither tokenizer.json nor vocab.txt"):
+    with refused("vocab.txt", "No such file"):
         load_tokenizer(tmp_path, 100)

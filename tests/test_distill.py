@@ -620,10 +620,9 @@ def test_a_run_folder_is_never_overwritten_by_accident(run, plain, tmp_path, cap
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("do not delete")
-    code, _ = run("--output", precious, "--overwrite")
-    assert code == 2 and "not a run" in capsys.readouterr().err and len(list(precious.iterdir())) == 1
-    code, _ = run("--output", precious / "thesis.txt")
-    assert code == 2 and "not a folder" in capsys.readouterr().err
+    for path in (precious, precious / "thesis.txt"):
+        code, _ = run("--output", path, "--overwrite")
+        assert code == 2 and f"{path} is in use" in capsys.readouterr().err and len(list(precious.iterdir())) == 1
     code, _ = run("--output", precious / "thesis.txt" / "run")
     assert code == 2 and capsys.readouterr().err.count("\n") == 1
 
@@ -644,15 +643,15 @@ BAD_FLAGS = {
     ("--target-intermediate", "65"): "from 1 to 64",
     ("--target-intermediate", "0"): "from 1 to 64",
     ("--corpus", "nowhere.txt"): "no such file or folder",
-    ("--batch-size", "100000"): "fewer than one batch",
-    ("--batch-size", "0"): "is not a whole number from 1",
-    ("--steps", "1.5"): "is not a whole number from 1",
+    ("--batch-size", "100000"): "the rows of 16 tokens in the corpus",
+    ("--batch-size", "0"): "0 is not from 1",
+    ("--steps", "1.5"): "invalid int value",
     ("--seq-length", "33"): "beyond the teacher's 32 positions",
     ("--seq-length", "2"): "from 8",
     ("--prune-start", "0.9"): "is after --prune-end",
     ("--prune-end", "1"): "from 0 to 0.9",
-    ("--learning-rate", "nan"): "is not a number from 0",
-    ("--learning-rate", "inf"): "is not a number from 0",
+    ("--learning-rate", "nan"): "nan is not from 0",
+    ("--learning-rate", "inf"): "inf is not from 0",
     ("--temperature", "0"): "from 0.001",
     ("--seed", "-1"): "from 0 to",
     ("--device", "tpu"): "use auto, cpu, cuda",
@@ -708,8 +707,15 @@ def test_a_corpus_without_text_is_refused(run, tmp_path, capsys):
 
 
 def test_an_output_folder_that_may_not_be_written_is_refused(run, monkeypatch, capsys):
-    monkeypatch.setattr(os, "access", lambda *_: False)  # the tests may run as root, who may write anywhere
-    assert_refused(*run(), capsys, "is not writable")
+    mkdir = Path.mkdir
+
+    def forbidden(path, **options):  # the tests may run as root, who may write anywhere
+        if path.name == "run":
+            raise PermissionError(13, "Permission denied", str(path))
+        mkdir(path, **options)
+
+    monkeypatch.setattr(Path, "mkdir", forbidden)
+    assert_refused(*run(), capsys, "Permission denied")
 
 
 # ---- The command line ----------------------------------------------------------------------------------------

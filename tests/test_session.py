@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,8 +19,9 @@ from safetensors.torch import load_file, save_file
 import distill
 from data import MaskedRows
 from support import distributed, run_folder
+from support.errors import Interrupted
 from support.files import model_fingerprint
-from support.session import GracefulStop, Session
+from support.session import Session, graceful_stop
 
 
 class Killed(BaseException):
@@ -71,9 +71,6 @@ def dies(patch: pytest.MonkeyPatch, step: int, program):
     with pytest.raises(Killed):
         program()
     patch.setattr(distill, "learning_rate", rate)
-    for thread in threading.enumerate():  # the writer of the last checkpoint
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
 
 
 def resume(output: Path, *more) -> int:
@@ -150,7 +147,7 @@ def test_a_damaged_checkpoint_is_skipped_in_favour_of_the_one_before(runs, tmp_p
     checkpoints = sorted((tmp_path / "run" / "checkpoints").iterdir())
     assert [path.name[:12] for path in checkpoints] == ["step-0000006", "step-0000007"]
     path = checkpoints[-1]
-    assert path.name == f"step-0000007-{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}.safetensors"
+    assert path.name == f"step-0000007-{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}.pt"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -186,7 +183,7 @@ def test_save_minutes_is_the_time_between_checkpoints(runs, tmp_path, monkeypatc
     monkeypatch.setattr(MaskedRows, "training_batch", slow)
     monkeypatch.setattr("support.session.time",
                         SimpleNamespace(monotonic=lambda: clock[0], perf_counter=time.perf_counter))
-    monkeypatch.setattr(run_folder.Checkpoints, "save", lambda self, step, *_: steps.append(step))
+    monkeypatch.setattr(run_folder, "save_checkpoint", lambda folder, values: steps.append(values["step"]))
     monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
     for minutes, expected in ((0, list(range(1, 11))), (1, [3, 6, 9, 10]), (60, [10])):
         steps.clear()
@@ -194,34 +191,12 @@ def test_save_minutes_is_the_time_between_checkpoints(runs, tmp_path, monkeypatc
         assert steps == expected
 
 
-def test_training_continues_while_a_checkpoint_is_written(runs, tmp_path, monkeypatch):
-    """The first checkpoint, after step 4, is not written before step 7 has begun; the second must wait for it."""
-    released, steps, in_time = threading.Event(), [], []
-    write, rate, save = run_folder.Checkpoints.write, distill.learning_rate, Session.save
-
-    def slow(self, step, *rest):
-        in_time.append(released.wait(10))
-        write(self, step, *rest)
-
-    def watched(step, *rest):
-        steps.append(step)
-        if step == 7:
-            released.set()
-        return rate(step, *rest)
-
-    monkeypatch.setattr(run_folder.Checkpoints, "write", slow)
-    monkeypatch.setattr(distill, "learning_rate", watched)
-    monkeypatch.setattr(Session, "save", lambda self, state: state.step % 4 or save(self, state))
-    assert runs.distill(tmp_path / "run", "--save-minutes", 0) == 0
-    assert steps == list(range(10)) and in_time == [True, True]
-
-
 def test_a_resumed_run_refuses_flags_that_would_change_the_student(runs, tmp_path, capsys):
     runs.killed(tmp_path / "run", 4)
     for more, words in ((("--steps", 11), "--steps was 10 when the run started and is now 11"),
                         (("--learning-rate", 0.5), "--learning-rate was 0.001"),
                         (("--teacher", "elsewhere"), "--teacher was"), (("--alpha-mlm", 0.5), "--alpha-mlm was 1.0"),
-                        (("--preset", "imitation"), "--preset was []"), (("--overwrite",), "exclude each other")):
+                        (("--preset", "imitation"), "--preset was []"), (("--overwrite",), "excludes --overwrite")):
         assert resume(tmp_path / "run", *more) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and words in error
@@ -255,15 +230,17 @@ def test_a_resumed_run_may_have_another_micro_batch_size(runs, tmp_path):
 
 def test_resume_needs_an_unfinished_run_of_this_version(runs, tmp_path, capsys, monkeypatch):
     assert distill.main(["--resume"]) == 2 and "needs the folder of the run" in capsys.readouterr().err
-    assert resume(tmp_path / "nothing") == 2 and "there is no run in" in capsys.readouterr().err
+    assert resume(tmp_path / "nothing") == 2 and "run.json cannot be read" in capsys.readouterr().err
     assert not (tmp_path / "nothing").exists()
     shutil.copytree(runs.undisturbed(), tmp_path / "run")
     monkeypatch.setattr(Session, "__init__", lambda *_: pytest.fail("a finished run was resumed"))
     assert resume(tmp_path / "run") == 0 and "is finished" in capsys.readouterr().out
     record = json.loads((tmp_path / "run" / "run.json").read_text())
-    for changed, words in (({"flags": {"steps": 3}}, "another version"), ({"processes": 7}, "wrong checksum")):
-        (tmp_path / "run" / "run.json").write_text(json.dumps(record | changed))
-        assert resume(tmp_path / "run") == 2 and words in capsys.readouterr().err
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record | {"processes": 7}))
+    assert resume(tmp_path / "run") == 2 and "wrong checksum" in capsys.readouterr().err
+    old = {"flags": {"steps": 3}}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(old | {"checksum": run_folder.record_hash(old)}))
+    assert resume(tmp_path / "run") == 2 and "another version" in capsys.readouterr().err
 
 
 def test_run_json_records_the_precision_that_auto_chose(runs, tmp_path):
@@ -291,7 +268,7 @@ def test_resume_refuses_another_teacher_or_another_text(checkpoint, corpus, tmp_
 def test_run_json_records_flags_versions_and_fingerprints(runs, checkpoint):
     record = json.loads((runs.undisturbed() / "run.json").read_text())
     assert record["teacher"] == model_fingerprint(checkpoint) and len(record["corpus"]) == 32
-    assert record["flags"]["steps"] == 10 and record["seed"] == 0 and record["processes"] == 1
+    assert record["flags"]["steps"] == 10 and record["flags"]["seed"] == 0 and record["processes"] == 1
     assert set(record["versions"]) == {"python", "torch", "numpy", "tokenizers", "safetensors", "commit"}
     assert torch.__version__.startswith(record["versions"]["torch"])
 
@@ -326,22 +303,31 @@ def test_a_signal_stops_before_the_next_micro_batch_and_saves_the_last_finished_
 
 def test_a_second_signal_ends_the_process_at_once():
     before = signal.getsignal(signal.SIGINT)  # in the background of a shell it is ignored
-    with GracefulStop() as stop:
-        assert not stop.requested()
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.requested() and stop.signal_number == signal.SIGINT
-        assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert signal.getsignal(signal.SIGINT) is before
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), graceful_stop() as received:
+            assert not received
+            os.kill(os.getpid(), signal.SIGINT)
+            assert received == [signal.SIGINT] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_signal_during_the_exchange_between_processes_is_reported_to_all_in_the_next_one(monkeypatch):
     """The others have not heard of it, so that this process must not stop alone; but it must not forget it either."""
-    with GracefulStop() as stop:
+    saved = []
+    with graceful_stop() as received:
+        session = SimpleNamespace(signals=received, save=saved.append, args=SimpleNamespace(output="run"))
+        state = SimpleNamespace(step=3)
         monkeypatch.setattr(distributed, "all_gather_objects", lambda value: (
             os.kill(os.getpid(), signal.SIGTERM), [value, 0])[1])
-        assert not stop.requested()
+        Session.stop_on_signal(session, state)
+        assert not saved
         monkeypatch.setattr(distributed, "all_gather_objects", lambda value: [value, 0])
-        assert stop.requested() and stop.signal_number == signal.SIGTERM
+        with pytest.raises(Interrupted) as caught:
+            Session.stop_on_signal(session, state)
+    assert saved == [state] and caught.value.args[1] == 128 + signal.SIGTERM
 
 
 # ---- Memory and processes ------------------------------------------------------------------------------------
@@ -357,19 +343,18 @@ def test_a_full_gpu_is_reported_in_one_line(runs, tmp_path, monkeypatch, capsys)
     assert error.count("\n") == 1 and "--micro-batch-size" in error
 
 
-def test_the_micro_batch_size_is_given_or_saved_or_follows_from_the_free_memory(monkeypatch):
+def test_the_micro_batch_size_follows_from_the_free_memory_and_is_recorded(monkeypatch, runs):
     """BERT-base needs less than 300 MB per row of 128 tokens, and no model gets fewer rows than one."""
     config = SimpleNamespace(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, vocab_size=30522)
 
-    def chosen(given=None, saved=None, device="cuda", free=80e9, batch_size=4096):
+    def chosen(device="cuda", free=80e9, batch_size=4096):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(free), int(80e9)))
-        return Session.choose_micro_batch_size(SimpleNamespace(
-            args=SimpleNamespace(micro_batch_size=given, seq_length=128, batch_size=batch_size),
-            teacher=SimpleNamespace(config=config),
-            saved=saved and ({}, {"micro_batch_size": saved}), device=torch.device(device)))
+        return Session.default_micro_batch_size(SimpleNamespace(
+            args=SimpleNamespace(seq_length=128, batch_size=batch_size), teacher=SimpleNamespace(config=config),
+            device=torch.device(device)))
 
-    assert chosen(given=3, saved=5) == 3 and chosen(saved=5) == 5 and chosen(device="cpu") == 64
-    assert chosen(device="cpu", batch_size=10) == 10
+    assert chosen(device="cpu") == 64 and chosen(device="cpu", batch_size=10) == 10
+    assert json.loads((runs.undisturbed() / "run.json").read_text())["flags"]["micro_batch_size"] == 6
     assert 80e9 / 2 / 300e6 < chosen() < 80e9 / 50e6
     assert chosen() == pytest.approx(2 * chosen(free=40e9), abs=1) and chosen(free=1000) == 1
 
@@ -377,7 +362,7 @@ def test_the_micro_batch_size_is_given_or_saved_or_follows_from_the_free_memory(
 def test_fewer_rows_than_processes_are_refused(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("support.session.WORLD", 7)
     assert runs.distill(tmp_path / "run") == 2
-    assert "leaves some of the 7 processes without rows" in capsys.readouterr().err
+    assert "must be from 7, the number of processes" in capsys.readouterr().err
 
 
 def test_every_row_belongs_to_one_process(monkeypatch):

@@ -13,7 +13,7 @@ from conftest import ROOT
 from test_session import Runs, assert_close_student, assert_same_end, history
 
 import distill
-from support.run_folder import read_checkpoint
+from support.run_folder import load_newest
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -60,7 +60,7 @@ def test_a_signal_ends_in_one_line_that_says_how_to_resume(runs, tmp_path, numbe
     message = re.search(r"interrupted after step (\d+), which is saved; to resume: python distill.py --resume", error)
     saved = list((tmp_path / "run" / "checkpoints").iterdir())
     assert [path.name[:12] for path in saved] == [f"step-{int(message[1]):07d}"]
-    assert read_checkpoint(saved[0])[1]["step"] == int(message[1])
+    assert load_newest(saved[0].parent)["step"] == int(message[1])
     assert not (tmp_path / "run" / "student").exists()
 
 
