@@ -57,10 +57,8 @@ def save_config(config: BertConfig, folder: Path, architecture: str):
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint in float32, from the first of WEIGHT_FILES that exists. Raises InputError.
-
-    Torch files are opened with `weights_only=True`, which never runs code.
-    """
+    """All tensors of a checkpoint in float32, from the first of WEIGHT_FILES that exists; no code in it is executed.
+    Raises InputError."""
     path = next((Path(folder) / name for name in WEIGHT_FILES if (Path(folder) / name).is_file()), None)
     if path is None:
         raise InputError(f"{folder} contains no {' and no '.join(WEIGHT_FILES)}")
@@ -83,10 +81,8 @@ def standard_name(name: str) -> str:
 
 
 def load_model(folder: Path) -> Bert:
-    """Load a BERT, with pooler and masked-LM head if the checkpoint has them.
-
-    Raises InputError, naming the tensors that are missing, unexpected or of the wrong shape.
-    """
+    """Load a BERT, with pooler and masked-LM head if the checkpoint has them. Raises InputError, which names tensors
+    that are missing, unexpected or of the wrong shape."""
     config, tensors = load_config(folder), read_tensors(folder)
     unused = sorted(name for name in tensors if re.match(UNUSED, name))
     if unused:

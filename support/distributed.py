@@ -32,8 +32,8 @@ def find_device(name: str) -> torch.device:
     if device.type == "cuda":
         device = torch.device("cuda", LOCAL_RANK if WORLD > 1 else device.index or 0)
         if device.index >= torch.cuda.device_count():
-            raise InputError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices here; "
-                             f"{'start fewer processes' if WORLD > 1 else 'use --device cpu'}")
+            raise InputError(f"--device {name}: process {RANK} would need CUDA device {device.index}, but there are "
+                             f"{torch.cuda.device_count()} CUDA devices here")
         torch.cuda.set_device(device)
     return device
 

@@ -1,6 +1,7 @@
 """The files of a run: run.json (its flags and where its inputs come from) and checkpoints."""
 
 import argparse
+import contextlib
 import hashlib
 import importlib.metadata
 import io
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 
 from support.distributed import WORLD
-from support.errors import InputError, one_line
+from support.errors import InputError
 from support.files import read_json, write_atomically
 
 CHECKPOINTS_KEPT = 2
@@ -89,14 +90,11 @@ def load_newest(folder: Path, device: torch.device | str = "cpu") -> dict | None
     execute code. Raises InputError if all are damaged."""
     paths = sorted(folder.glob("step-*.pt"), reverse=True)
     for path in paths:
-        try:
+        with contextlib.suppress(OSError):
             content = path.read_bytes()
             if path.stem.endswith(content_hash(content)):
                 return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
-            problem = "is damaged (wrong checksum)"
-        except OSError as error:
-            problem = f"cannot be read: {one_line(error)}"
-        print(f"checkpoint {path} {problem}; trying the one before it")
+        print(f"checkpoint {path} is damaged or cannot be read; trying the one before it")
     if paths:
         raise InputError(f"no checkpoint in {folder} is intact; start again with --overwrite")
     return None

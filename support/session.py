@@ -33,20 +33,14 @@ def graceful_stop():
     """`with graceful_stop() as received`: the number of the first SIGTERM or Ctrl-C is put into the list `received`, so
     that the loop can save and stop. A second one ends the process at once."""
     received: list[int] = []
+    with contextlib.ExitStack() as previous_handlers:
+        def remember(number, frame):
+            received.append(number)
+            previous_handlers.close()  # restores them
 
-    def restore():
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-    def remember(number, frame):
-        received.append(number)
-        restore()
-
-    previous = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            previous_handlers.callback(signal.signal, number, signal.signal(number, remember))
         yield received
-    finally:
-        restore()
 
 
 class Session:
@@ -78,8 +72,7 @@ class Session:
             args.output = Path("runs") / ("demo" if "demo" in args.preset else f"{teacher_name}-{args.target_width}")
         run_folder.check_output(args.output, args.overwrite or args.resume)
         if args.seq_length > config.max_position_embeddings:
-            raise InputError(f"--seq-length {args.seq_length} is beyond the teacher's "
-                             f"{config.max_position_embeddings} positions")
+            raise InputError(f"--seq-length {args.seq_length} exceeds the teacher's {config.max_position_embeddings}")
         self.tokenizer = checkpoint.load_tokenizer(folder, config.vocab_size)
         self.rows, self.heldout, corpus_key = data.load_rows(args.corpus, self.tokenizer, Path(args.cache_dir),
                                                              args.seq_length)
@@ -118,7 +111,7 @@ class Session:
     @contextlib.contextmanager
     def running(self, state):
         """The run folder, the log, the progress bar and the signal handlers, around the loop."""
-        args = self.args
+        args, student = self.args, state.distiller.student
         if RANK == 0 and not args.resume:
             run_folder.start_run(args, self.fingerprints)
         self.print_plan(state)
@@ -140,16 +133,15 @@ class Session:
         if RANK == 0:
             self.export(state)
             shutil.rmtree(self.checkpoints)
-            milliseconds = milliseconds_per_row([self.teacher, state.distiller.student], self.heldout, self.device,
-                                                self.autocast)
-            print(end_table(self.teacher, state.distiller.student, self.result, milliseconds))
+            milliseconds = milliseconds_per_row([self.teacher, student], self.heldout, self.device, self.autocast)
+            print(end_table(self.teacher, student, self.result, milliseconds))
             print(f"student: {args.output / 'student'}")
 
     def print_plan(self, state):
         args = self.args
         rows = args.steps * args.batch_size
-        print(f"settings: {'preset ' * bool(args.preset)}{' + '.join(args.preset) or 'those of the paper'}, learning "
-              f"rate {args.learning_rate:g}, {args.precision}")
+        preset = " + ".join(args.preset) or "of the paper"
+        print(f"settings: preset {preset}, learning rate {args.learning_rate:g}, {args.precision}")
         print(f"{args.teacher}: {self.teacher.parameter_count() / 1e6:.1f} M parameters, D F H K "
               f"{tuple(self.teacher_shape)} -> {tuple(self.target_shape)}")
         print(f"{args.steps:,} steps of {args.batch_size:,} x {args.seq_length} tokens on {self.device}"
@@ -216,9 +208,8 @@ class Session:
         self.step_seconds.append(time.perf_counter() - self.step_start)
         self.progress.update()
         if len(self.step_seconds) == ESTIMATE_AFTER and not is_final:
-            seconds = sum(self.step_seconds) / ESTIMATE_AFTER * (args.steps - step)
-            self.progress.write(f"about {datetime.timedelta(seconds=round(seconds))} (h:mm:ss) left; steps get faster "
-                                "as the student shrinks, and a smaller --steps makes the run shorter")
+            left = datetime.timedelta(seconds=round(sum(self.step_seconds) / ESTIMATE_AFTER * (args.steps - step)))
+            self.progress.write(f"about {left} (h:mm:ss) left; steps get faster as the student shrinks")
         if step % args.log_every == 0 or is_final:
             self.log_training(state, losses, rate, gradient_norm)
         if step % (args.eval_every or max(1, args.steps // 10)) == 0 or is_final:

@@ -646,7 +646,7 @@ BAD_FLAGS = {
     ("--batch-size", "100000"): "the rows of 16 tokens in the corpus",
     ("--batch-size", "0"): "0 is not from 1",
     ("--steps", "1.5"): "invalid int value",
-    ("--seq-length", "33"): "beyond the teacher's 32 positions",
+    ("--seq-length", "33"): "--seq-length 33 exceeds the teacher's 32",
     ("--seq-length", "2"): "from 8",
     ("--prune-start", "0.9"): "is after --prune-end",
     ("--prune-end", "1"): "from 0 to 0.9",

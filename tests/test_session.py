@@ -169,7 +169,7 @@ def test_an_unreadable_checkpoint_is_skipped_in_favour_of_the_one_before(runs, t
     monkeypatch.setattr(Path, "read_bytes", failing)
     assert resume(tmp_path / "run") == 0
     printed = capsys.readouterr().out
-    assert f"{newest} cannot be read" in printed and "resumed after step 6" in printed
+    assert f"{newest} is damaged or cannot be read" in printed and "resumed after step 6" in printed
 
 
 def test_save_minutes_is_the_time_between_checkpoints(runs, tmp_path, monkeypatch):
