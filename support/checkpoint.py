@@ -40,7 +40,7 @@ def load_config(folder: Path) -> BertConfig:
         else:
             valid = value in list(ACTIVATIONS)
         if not valid:
-            raise InputError(f"{path}: {field.name} is {raw.get(field.name, 'missing')!r}; no supported BERT has that")
+            raise InputError(f"{path}: {field.name} is missing or not valid for a BERT: {raw.get(field.name)!r}")
         values[field.name] = field.type(value)
     if not values["attention_head_size"] and values["hidden_size"] % values["num_attention_heads"]:
         raise InputError(f"{path}: hidden_size is not a multiple of num_attention_heads")
