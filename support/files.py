@@ -58,11 +58,13 @@ def locked(folder: Path):
         os.close(descriptor)
 
 
+def file_hash(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def model_fingerprint(folder: Path) -> str:
     """A hash of everything that makes up a model: weights, shape and vocabulary."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".safetensors", ".bin") or path.name in ("config.json", "vocab.txt", "tokenizer.json"):
-            with open(path, "rb") as stream:
-                digest.update(f"{path.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}".encode())
-    return digest.hexdigest()[:16]
+    parts = [f"{path.name} {file_hash(path)}" for path in sorted(folder.iterdir()) if path.suffix in
+             (".safetensors", ".bin") or path.name in ("config.json", "vocab.txt", "tokenizer.json")]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
