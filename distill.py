@@ -183,6 +183,7 @@ class TrainingState:
     engine: nn.Module | None = None  # the distiller, wrapped for several processes
 
     def wrap(self):
+        self.engine = None  # frees the one before the prune
         self.engine = distributed.wrap_ddp(self.distiller, self.distiller.uses_all_parameters())
 
 

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from distill import ADAM_BETAS, ADAM_EPS, learning_rate
 from model import Bert, Linear
-from support import results
+from support import distributed, results
 from support.checkpoint import load_model, load_tokenizer, save_config, save_tokenizer
 from support.distributed import RANK, WORLD, all_gather_objects, find_device, init_distributed, tune_malloc
 from support.errors import InputError, run_program
@@ -283,7 +283,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "Results that it already holds are kept. [%(default)s]")
     add("--overwrite", action="store_true", help="Compute again what the output folder already holds.")
     add("--device", default="auto", help="cpu, cuda or cuda:N. auto uses a GPU if there is one. [auto]")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on a GPU, else fp32. [auto]")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on "
+        "GPUs and CPUs that multiply it natively, else fp32. [auto]")
     return parser.parse_args(argv)
 
 
@@ -364,7 +365,9 @@ def evaluate_models(args: argparse.Namespace):
     """Everything that the flags ask for. All input is checked before training starts. Raises InputError."""
     device = find_device(args.device)
     tune_malloc()
-    bf16 = args.precision == "bf16" or args.precision == "auto" and device.type == "cuda"
+    precision = distributed.resolve_precision(args.precision, device)
+    print(f"{precision} on {device}")
+    bf16 = precision == "bf16"
     keys = [key for key in TASKS if key in args.task or "all" in args.task]
     sources = find_data(args.data, keys, skip_missing="all" in args.task)
     checkpoints = {name: open_checkpoint(name, args, sources, bf16) for name in dict.fromkeys(args.model)}

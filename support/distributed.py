@@ -4,7 +4,9 @@ of what several processes need is here. With a single process every function wor
 import contextlib
 import ctypes
 import datetime
+import gc
 import os
+import platform
 import re
 import resource
 import sys
@@ -35,7 +37,22 @@ def find_device(name: str) -> torch.device:
             raise InputError(f"--device {name}: process {RANK} would need CUDA device {device.index}, but there are "
                              f"{torch.cuda.device_count()} CUDA devices here")
         torch.cuda.set_device(device)
+        # Torch prefers cuDNN's attention on some GPUs. It makes a plan for every new (B,S), which takes half a second.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return device
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """--precision, where auto is bf16 on devices that multiply it natively, else fp32."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)  # older GPUs emulate it
+    elif platform.machine() in ("arm64", "aarch64"):
+        native = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    else:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if native else "fp32"
 
 
 def tune_malloc():
@@ -67,7 +84,8 @@ def init_distributed(device: torch.device, timeout: datetime.timedelta = datetim
     """Connect the processes that torchrun started. `timeout` limits each wait for the others; a process that dies is
     noticed at once."""
     if WORLD > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        # With gloo beside nccl, Python objects are exchanged without the GPU.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
 
 
 def rank_slice(rows: int) -> tuple[int, int]:
@@ -101,7 +119,10 @@ def check_same_units(step: int, keep: dict[str, torch.Tensor]):
 def wrap_ddp(module: nn.Module, all_used: bool) -> nn.Module:
     """The module with its gradients averaged over all processes. Wrap it again after every prune, because DDP's
     buckets belong to the old parameters. all_used: every parameter gets a gradient in every step."""
-    return DistributedDataParallel(module, find_unused_parameters=not all_used) if WORLD > 1 else module
+    if WORLD == 1:
+        return module
+    gc.collect()  # an earlier wrapper is in reference cycles, and with it all parameters of their earlier size
+    return DistributedDataParallel(module, find_unused_parameters=not all_used)
 
 
 def sync_only_if(module: nn.Module, last: bool):

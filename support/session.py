@@ -57,8 +57,7 @@ class Session:
         if args.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it
         torch.use_deterministic_algorithms(args.deterministic)
-        if args.precision == "auto":  # recorded as what it is, so that resuming on another device does not change it
-            args.precision = "bf16" if self.device.type == "cuda" else "fp32"
+        args.precision = distributed.resolve_precision(args.precision, self.device)  # recorded, and kept on resume
 
         folder = find_model(args.teacher)
         self.teacher = checkpoint.load_model(folder).to(self.device).eval().requires_grad_(False)

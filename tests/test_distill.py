@@ -77,7 +77,7 @@ def tiny_flags(folder: Path, teacher: str = "teacher") -> list[str]:
     """A run of 6 steps from width 32 to 16."""
     return ["--teacher", str(folder / teacher), "--corpus", str(folder / "text.txt"), "--cache-dir",
             str(folder / "cache"), "--target-width", "16", "--steps", "6", "--batch-size", "8", "--seq-length", "16",
-            "--learning-rate", "1e-3", "--device", "cpu"]
+            "--learning-rate", "1e-3", "--device", "cpu", "--precision", "fp32"]
 
 
 @pytest.fixture(scope="module")

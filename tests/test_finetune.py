@@ -48,7 +48,7 @@ def start(checkpoint, rte, tmp_path):
 
     def run(*flags, task="rte", source=rte, models=(checkpoint,)) -> int:
         argv = ["--model", *map(str, models), "--task", *task.split(), "--data", str(source), "--device", "cpu",
-                "--output", str(tmp_path / "out")]
+                "--precision", "fp32", "--output", str(tmp_path / "out")]
         return finetune.main(argv + list(map(str, flags)))
 
     return run
@@ -358,6 +358,15 @@ def test_predictions_do_not_depend_on_the_batch_size(checkpoint, tokenizer):
 def test_a_loss_that_is_not_finite_is_an_error(start, capsys, monkeypatch):
     monkeypatch.setattr(finetune, "task_loss", lambda kind, logits, labels: logits.sum() * float("nan"))
     assert_one_line_error(start("--max-steps", 1), capsys, ["not finite", "--learning-rate"])
+
+
+@pytest.mark.parametrize("native, chosen", [(False, "fp32"), (True, "bf16")])
+def test_auto_takes_bf16_on_a_cpu_that_multiplies_it_natively(start, recorded, monkeypatch, capsys, native, chosen):
+    monkeypatch.setattr("support.distributed.platform.machine", lambda: "x86_64")
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: native)
+    assert start("--precision", "auto") == 0
+    assert recorded[0].bf16 is native and f"{chosen} on cpu" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -37,7 +37,7 @@ class Runs:
             "--teacher", str(teacher), "--corpus", str(corpus), "--cache-dir", str(folder / "cache"),
             "--target-width", "16", "--steps", "10", "--batch-size", "6", "--seq-length", "16", "--granularity", "4",
             "--learning-rate", "1e-3", "--device", "cpu", "--log-every", "1", "--eval-every", "2", "--eval-rows", "5",
-            "--dropout", "0.1"]
+            "--dropout", "0.1", "--precision", "fp32"]
 
     def distill(self, output: Path, *more) -> int:
         return distill.main([*self.flags, "--output", str(output), *map(str, more)])
@@ -114,7 +114,7 @@ def runs(checkpoint, corpus, tmp_path_factory) -> Runs:
 
 
 @pytest.mark.parametrize("step, more", [
-    (3, ()), (2, ("--align-heads", "--compensate")), (3, ("--importance", "platon"))])
+    (3, ()), (2, ("--align-heads", "--compensate")), (3, ("--importance", "platon")), (3, ("--precision", "bf16"))])
 def test_a_resumed_run_ends_bit_for_bit_where_an_undisturbed_one_does(runs, tmp_path, step, more):
     expected = runs.undisturbed(*more)
     prunes = [line["step"] for line in history(expected) if line["event"] == "prune"]
@@ -243,12 +243,16 @@ def test_resume_needs_an_unfinished_run_of_this_version(runs, tmp_path, capsys, 
     assert resume(tmp_path / "run") == 2 and "another version" in capsys.readouterr().err
 
 
-def test_run_json_records_the_precision_that_auto_chose(runs, tmp_path):
+@pytest.mark.parametrize("native, chosen, other", [(False, "fp32", "bf16"), (True, "bf16", "fp32")])
+def test_run_json_records_the_precision_that_auto_chose(runs, tmp_path, monkeypatch, capsys, native, chosen, other):
     """Resuming on another device therefore keeps it."""
-    runs.killed(tmp_path / "run", 4, "--precision", "auto")
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: native)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    runs.killed(tmp_path / "run", 2, "--precision", "auto")
     record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert record["flags"]["precision"] == "fp32"
-    assert distill.main(["--resume", "--output", str(tmp_path / "run"), "--precision", "bf16"]) == 2
+    assert record["flags"]["precision"] == chosen and f", {chosen}" in capsys.readouterr().out
+    assert distill.main(["--resume", "--output", str(tmp_path / "run"), "--precision", other]) == 2
 
 
 def test_resume_refuses_another_teacher_or_another_text(checkpoint, corpus, tmp_path, capsys):

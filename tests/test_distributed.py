@@ -1,0 +1,46 @@
+"""Devices and precision (support/distributed.py). See also test_cuda.py, reliability/test_processes.py."""
+
+import platform
+
+import pytest
+import torch
+
+from support.distributed import find_device, resolve_precision
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("machine, native, expected", [
+    ("x86_64", (), "fp32"), ("x86_64", ("avx512",), "bf16"), ("x86_64", ("amx",), "bf16"), ("x86_64", ("arm",), "fp32"),
+    ("aarch64", (), "fp32"), ("aarch64", ("arm",), "bf16"), ("arm64", ("arm",), "bf16")])
+def test_auto_is_bf16_on_cpus_that_multiply_it_natively(monkeypatch, machine, native, expected):
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: "avx512" in native)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: "amx" in native)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: "arm" in native)
+    assert resolve_precision("auto", CPU) == expected
+    assert resolve_precision("fp32", CPU) == "fp32" and resolve_precision("bf16", CPU) == "bf16"
+
+
+def test_an_arm_build_without_mkldnn_has_no_native_bf16(monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert resolve_precision("auto", CPU) == "fp32"
+
+
+def test_this_cpu_is_asked_without_an_error():
+    assert resolve_precision("auto", CPU) in ("fp32", "bf16")
+
+
+@pytest.mark.parametrize("capability, expected", [((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")])
+def test_auto_is_bf16_on_gpus_from_ampere_on(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert resolve_precision("auto", GPU) == expected and resolve_precision("bf16", GPU) == "bf16"
+
+
+def test_attention_of_cudnn_is_off_on_a_gpu(monkeypatch):
+    for name, answer in (("is_available", True), ("device_count", 1), ("set_device", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    assert find_device("auto") == GPU and not torch.backends.cuda.cudnn_sdp_enabled()
