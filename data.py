@@ -38,7 +38,8 @@ class Batch:
     labels: torch.Tensor  # (M,) int64, the original tokens at `positions`
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
+        pin = torch.device(device).type == "cuda"  # only copies from pinned memory do not wait
+        return Batch(*((t.pin_memory() if pin else t).to(device, non_blocking=True) for t in vars(self).values()))
 
 
 class MaskedRows:

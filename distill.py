@@ -183,7 +183,7 @@ class TrainingState:
     engine: nn.Module | None = None  # the distiller, wrapped for several processes
 
     def wrap(self):
-        self.engine = None  # frees the one before the prune
+        self.engine = None  # frees the parameters of their earlier size, which it still holds
         self.engine = distributed.wrap_ddp(self.distiller, self.distiller.uses_all_parameters())
 
 
@@ -268,14 +268,15 @@ def distill(args: argparse.Namespace, session: Session, state: TrainingState):
             part = losses_and_gradients(state, session.teacher, batch, fraction, is_last, session.autocast,
                                         ranking_only)
             losses = {name: losses.get(name, 0.0) + value for name, value in part.items()}
-        losses = distributed.all_reduce_sum(dict(zip(losses, torch.stack([*losses.values()]).tolist(), strict=True)))
 
         # 2. Importance, while the gradients are complete and not clipped and the weights are those they belong to.
         if state.shape != session.target_shape:
             prune.accumulate_importance(args.importance, state.statistics, distiller.student, args.sensitivity_decay)
 
         # 3. Clip the gradients; AdamW.
-        gradient_norm = nn.utils.clip_grad_norm_(distiller.parameters(), args.clip or float("inf")).item()
+        gradient_norm = nn.utils.clip_grad_norm_(distiller.parameters(), args.clip or float("inf"))
+        *values, gradient_norm = torch.stack([*losses.values(), gradient_norm]).tolist()  # the only wait for the GPU
+        losses = distributed.all_reduce_sum(dict(zip(losses, values, strict=True)))
         session.check_finite(state, losses, gradient_norm)
         rate = learning_rate(state.step, args.steps, args.learning_rate, args.warmup)
         for group in optimizer.param_groups:

@@ -4,7 +4,6 @@ of what several processes need is here. With a single process every function wor
 import contextlib
 import ctypes
 import datetime
-import gc
 import os
 import platform
 import re
@@ -119,10 +118,7 @@ def check_same_units(step: int, keep: dict[str, torch.Tensor]):
 def wrap_ddp(module: nn.Module, all_used: bool) -> nn.Module:
     """The module with its gradients averaged over all processes. Wrap it again after every prune, because DDP's
     buckets belong to the old parameters. all_used: every parameter gets a gradient in every step."""
-    if WORLD == 1:
-        return module
-    gc.collect()  # an earlier wrapper is in reference cycles, and with it all parameters of their earlier size
-    return DistributedDataParallel(module, find_unused_parameters=not all_used)
+    return DistributedDataParallel(module, find_unused_parameters=not all_used) if WORLD > 1 else module
 
 
 def sync_only_if(module: nn.Module, last: bool):

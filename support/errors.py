@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -21,8 +22,6 @@ def one_line(error: Exception) -> str:
 def run_program(program: str, work: Callable[[], None], resume_hint: str, memory_hint: str) -> int:
     """Run `work` and return the exit code. Errors of the user and of the machine are one line on stderr; what concerns
     all processes alike is printed by the first."""
-    import torch
-
     from support.distributed import RANK, dist  # imports this module
 
     for_all = True
@@ -38,7 +37,9 @@ def run_program(program: str, work: Callable[[], None], resume_hint: str, memory
         message, code = f"interrupted; {resume_hint}", 130
     except InputError as error:
         message, code = f"error: {error}", 2
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:  # torch's own, or of cuBLAS, cuDNN or NCCL
+        if not re.search("out of memory|ALLOC_FAILED", str(error)):
+            raise
         message, code, for_all = f"error: the GPU's memory is full; {memory_hint}", 2, False
     except OSError as error:  # a full disk, a folder that may not be written
         message, code, for_all = f"error: {one_line(error)}; {resume_hint}", 2, False

@@ -73,10 +73,13 @@ def pretend_cuda():
 class FakeGPU(FakeTensorMode):
     """Also answers when the program reads a number, pins memory, and checks lists, as those of a fused optimizer."""
 
+    pinned = 0  # tensors so far
+
     def dispatch(self, function, types, args=(), kwargs=None):
         if function is aten._local_scalar_dense.default:
             return {torch.bool: True, torch.int64: 0}.get(args[0].dtype, 1.0)
         if function is aten._pin_memory.default:
+            FakeGPU.pinned += 1
             return args[0]
         listed = [t for values in args if isinstance(values, (list, tuple)) for t in values]
         if len({t.device for t in listed if isinstance(t, torch.Tensor)}) > 1:
@@ -195,6 +198,7 @@ def main(folder: Path):
 
     for name, run in CASES.items():
         attempt(name, run)
+    errors["pinned"] = None if FakeGPU.pinned else "no tensor was pinned"
     session.evaluate = lambda *_: {}
     for name, (run, owner, attribute, fault) in FAULTS.items():
         real = getattr(owner, attribute)
@@ -226,6 +230,10 @@ def errors(tmp_path_factory, checkpoint, tokenizer, corpus) -> dict[str, str | N
 @pytest.mark.parametrize("case", CASES)
 def test_every_tensor_is_on_the_right_device(errors, case):
     assert errors[case] is None
+
+
+def test_batches_are_copied_from_pinned_memory(errors):
+    assert errors["pinned"] is None
 
 
 @pytest.mark.parametrize("fault", FAULTS)

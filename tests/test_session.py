@@ -337,14 +337,27 @@ def test_a_signal_during_the_exchange_between_processes_is_reported_to_all_in_th
 # ---- Memory and processes ------------------------------------------------------------------------------------
 
 
-def test_a_full_gpu_is_reported_in_one_line(runs, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("failure", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    torch.AcceleratorError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")], ids=str)
+def test_a_full_gpu_is_reported_in_one_line(runs, tmp_path, monkeypatch, capsys, failure):
     def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise failure
 
     monkeypatch.setattr(distill.Distiller, "forward", full)
     assert runs.distill(tmp_path / "run") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "--micro-batch-size" in error
+
+
+def test_an_error_of_the_program_keeps_its_stack_trace(runs, tmp_path, monkeypatch):
+    def wrong(*_):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(distill.Distiller, "forward", wrong)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        runs.distill(tmp_path / "run")
 
 
 def test_the_micro_batch_size_follows_from_the_free_memory_and_is_recorded(monkeypatch, runs):

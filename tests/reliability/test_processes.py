@@ -156,3 +156,41 @@ def test_processes_that_choose_different_units_stop(runs, tmp_path):
         "prune.choose_units = other", "sys.exit(distill.main(sys.argv[1:]))")
     done = torchrun(2, program, *runs.flags, "--output", tmp_path / "run")
     assert done.returncode != 0 and "the processes chose different units to prune" in done.stderr
+
+
+def test_the_tensors_from_before_a_prune_are_freed_before_ddp_is_rebuilt(runs, tmp_path):
+    """Without the cyclic collector, which would free them some day. A weak reference to a parameter lives as long as
+    the parameter does in C++, where DistributedDataParallel has it."""
+    program = script(
+        tmp_path, "import gc, weakref", "gc.disable()", "old, prunes, prune_units = [], [], prune.prune_units",
+        "def watched(model, *rest):",
+        "    old.extend(map(weakref.ref, model.parameters()))",
+        "    prune_units(model, *rest)",
+        "    prunes.append(1)",
+        "class Watched(distributed.DistributedDataParallel):",
+        "    def __init__(self, module, **options):",
+        "        new = set(map(id, module.parameters()))",
+        "        alive = [p for p in (reference() for reference in old) if p is not None and id(p) not in new]",
+        "        assert not alive, f'{len(alive)} tensors are alive'",
+        "        super().__init__(module, **options)",
+        "prune.prune_units, distributed.DistributedDataParallel = watched, Watched",
+        "code = distill.main(sys.argv[1:])", "assert len(prunes) > 2", "sys.exit(code)")
+    done = torchrun(2, program, *runs.flags, "--output", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+
+
+def test_on_gpus_objects_are_exchanged_by_gloo(tmp_path):
+    """A backend that delivers nothing stands in for NCCL."""
+    program = tmp_path / "program.py"
+    program.write_text("\n".join([
+        "import sys", f"sys.path.insert(0, {str(ROOT)!r})", "import torch",
+        "import torch.testing._internal.distributed.fake_pg",
+        "from support import distributed",
+        "connect = distributed.dist.init_process_group",
+        "distributed.dist.init_process_group = lambda backend, **k: connect(backend.replace('nccl', 'fake'), **k)",
+        "distributed.init_distributed(torch.device('cuda', 0))",
+        "assert distributed.dist.distributed_c10d._get_object_coll_device() == 'cpu'",
+        "assert distributed.all_gather_objects(f'from {distributed.RANK}') == ['from 0', 'from 1']",
+        "distributed.cleanup_distributed()"]) + "\n")
+    done = torchrun(2, program)
+    assert done.returncode == 0, done.stderr
