@@ -128,12 +128,15 @@ def main(argv: list[str]) -> int:
         print("gpu.py: there is no CUDA device here", file=sys.stderr)
         return 2
     device = torch.device("cuda")
-    result = header(argv, device) | {"bf16": {shape: check_bf16(shape, device) for shape in ("small", "base")}}
+    result, path = header(argv, device), args.results / "cuda-correctness.json"
+    result["bf16"] = {shape: check_bf16(shape, device) for shape in ("small", "base")}
+    write(path, result)  # after each check, in case the machine is lost
     check_prune("small", device)
-    result["memory"] = check_memory("small", device)
+    write(path, result := result | {"prune": "as on the CPU"})
+    write(path, result := result | {"memory": check_memory("small", device)})
     with tempfile.TemporaryDirectory() as folder:
         check_resume(Path(folder), ["--steps", "60", "--device", "cuda"])
-    write(args.results / "cuda-correctness.json", result)
+    write(path, result | {"resume": "bit for bit"})
     print("all checks passed on this device:", result["bf16"])
     torch.cuda.empty_cache()  # leaves memory to the processes that follow
     micro = 256 if torch.cuda.get_device_properties(device).total_memory > LARGE_MEMORY else 128

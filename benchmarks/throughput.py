@@ -30,7 +30,7 @@ from systems import PEERS, SHAPES, SYSTEMS, build, check_all, random_batch, targ
 import distill
 import prune
 from prune import Shape
-from support.distributed import find_device, peak_memory_mb, synchronized_time, tune_malloc
+from support.distributed import find_device, peak_memory_mb, resolve_precision, synchronized_time, tune_malloc
 
 CUDA_BATCH, CUDA_MICRO_BATCH = 1024, 256  # rows per step and per micro-batch
 
@@ -88,12 +88,14 @@ def peak_memory(shapes: list[Shape], *system) -> list[float]:
 
 
 def prune_ours(new_shape: Shape) -> tuple[float, dict[str, torch.Tensor]]:
-    """The seconds that the prune took, and the teacher indices of the kept units."""
-    return SYSTEM[0].prune_to(new_shape, SYSTEM[0].sensitivity), SYSTEM[0].lineage
+    """The seconds that the prune took, and the teacher indices of the kept units. These are copied to the CPU, because
+    torch refuses to pass on a CUDA tensor that came from another process."""
+    seconds = SYSTEM[0].prune_to(new_shape, SYSTEM[0].sensitivity)
+    return seconds, {group: indices.cpu() for group, indices in SYSTEM[0].lineage.items()}
 
 
 def mask_peer(new_shape: Shape, lineage: dict[str, torch.Tensor]):
-    SYSTEM[0].prune_to(new_shape, lineage)
+    SYSTEM[0].prune_to(new_shape, {group: indices.to(SYSTEM[0].device) for group, indices in lineage.items()})
 
 
 def step_seconds() -> float:
@@ -107,10 +109,10 @@ def step_seconds() -> float:
 
 def peak_memories(args: argparse.Namespace, device, sizes: list[int], measured: list[Shape]) -> dict[str, list[float]]:
     """System -> MB at each of the shapes `measured`. With masks everything keeps its full size."""
-    cuda = device.type == "cuda"
+    cuda, bf16 = device.type == "cuda", args.precision == "bf16"
 
     def peaks(name: str, shapes: list[Shape]) -> list[float]:
-        return run_in_process(peak_memory, shapes, name, args.shape, device, cuda, args.threads, sizes)
+        return run_in_process(peak_memory, shapes, name, args.shape, device, bf16, args.threads, sizes)
 
     ours = peaks("ours", measured) if cuda else [peaks("ours", [shape])[0] for shape in measured]
     return {"ours": ours} | {name: peaks(name, measured[:1]) * len(measured) for name in PEERS}
@@ -122,14 +124,15 @@ def time_steps(args: argparse.Namespace, device, sizes: list[int], steps_at: dic
     Returns system -> seconds of a step (repeats, shapes), the rates of the matmul (repeats, shapes), and the seconds of
     all prunes.
     """
-    cuda = device.type == "cuda"
-    matrix = torch.randn(*2 * [8192 if cuda else 2048], device=device, dtype=torch.bfloat16 if cuda else torch.float32)
+    bf16 = args.precision == "bf16"
+    matrix = torch.randn(*2 * [8192 if device.type == "cuda" else 2048], device=device,
+                         dtype=torch.bfloat16 if bf16 else torch.float32)
     seconds = {name: np.empty((args.repeats, len(measured))) for name in SYSTEMS}
     rates, prune_seconds = np.empty((args.repeats, len(measured))), 0.0
     with contextlib.ExitStack() as stack:
         pools = {name: stack.enter_context(process()) for name in SYSTEMS}
         for name, pool in pools.items():
-            pool.submit(start, name, args.shape, device, cuda, args.threads, sizes).result()
+            pool.submit(start, name, args.shape, device, bf16, args.threads, sizes).result()
         shape = Shape.of(SHAPES[args.shape][0])
         for new_shape in steps_at:
             if new_shape != shape:
@@ -163,7 +166,7 @@ def measure(args: argparse.Namespace, device) -> dict:
         at_each = np.interp([shape.hidden_size for shape in steps_at], points, values[::-1])
         return np.average(at_each, weights=list(steps_at.values()))
 
-    result = {"matmul_flops_per_second": np.median(rates), "batch_size": args.batch_size,
+    result = {"precision": args.precision, "matmul_flops_per_second": np.median(rates), "batch_size": args.batch_size,
               "micro_batch_size": args.micro_batch_size, "seq_length": seq_length, "steps": args.steps,
               "repeats": args.repeats, "rows": []}
     times = {name: np.column_stack([each, [over_run(repeat) for repeat in each]]) for name, each in seconds.items()}
@@ -195,7 +198,9 @@ def measure(args: argparse.Namespace, device) -> dict:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--shape", choices=SHAPES, default="small", help="The teacher; the target is half its width.")
-    parser.add_argument("--device", default="cpu", help="cpu (float32) or cuda (bf16).")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda.")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="Of all systems, and of "
+                        "the matmul whose rate utilisation refers to. auto: bf16 where it is native.")
     parser.add_argument("--quick", action="store_true", help="Three widths, not five (nine on CUDA); fewer repeats.")
     parser.add_argument("--repeats", type=int, help="Steps to time at each width. 3 with --quick, else 5.")
     parser.add_argument("--batch-size", type=int, help="Rows per step. 8 for base, 16 for small, 1024 on CUDA.")
@@ -205,6 +210,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", type=Path, help="File for the result.")
     args = parser.parse_args(argv)
     device = find_device(args.device)
+    args.precision = resolve_precision(args.precision, device)
     cuda = device.type == "cuda"
     args.repeats = args.repeats or (3 if args.quick else 5)
     args.batch_size = args.batch_size or (CUDA_BATCH if cuda else SHAPES[args.shape][2])
@@ -214,7 +220,7 @@ def main(argv: list[str]) -> int:
     result = header(argv, device) | measure(args, device)
     if args.json:
         write(args.json, result)
-    print(f"a large matmul: {result['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s")
+    print(f"a large matmul in {args.precision}: {result['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s")
     for row in result["rows"]:
         ratio = "ours is {:.2f} times as fast ({:.2f} to {:.2f})".format(*row["ratio"]) if "ratio" in row else ""
         share = f"prunes take {row['prune_share']:.2%} of the run" if "prune_share" in row else ""

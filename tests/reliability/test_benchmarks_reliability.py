@@ -24,17 +24,24 @@ CPU = torch.device("cpu")
 THREADS = ["--threads", str(torch.get_num_threads())]
 
 
-def test_throughput_measures_every_system_at_every_width(tmp_path, capsys):
+@pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_throughput_measures_every_system_at_every_width(tmp_path, capsys, monkeypatch, precision, dtype):
+    """And the rate of a matmul in the same precision."""
+    dtypes, rate = [], throughput.matmul_rate
+    monkeypatch.setattr(throughput, "matmul_rate", lambda matrix: dtypes.append(matrix.dtype) or (
+        rate(matrix) if precision == "fp32" else 1e10))  # emulated bf16 is slow
     path = tmp_path / "toy.json"
-    arguments = ["--shape", "toy", "--device", "cpu", "--quick", "--repeats", "2", *THREADS, "--json", str(path)]
+    arguments = ["--shape", "toy", "--device", "cpu", "--quick", "--repeats", "2", *THREADS, "--json", str(path),
+                 "--precision", precision]
     assert throughput.main(arguments) == 0
     result = json.loads(path.read_text())
+    assert result["precision"] == precision and set(dtypes) == {dtype}
     rows = {(row["width"], row["system"]): row for row in result["rows"]}
     assert set(rows) == {(width, system) for width in (32, 24, 16, "run") for system in systems.SYSTEMS}
     for (width, system), row in rows.items():
         low, high = row["spread"]
         assert row["shape"] == "toy" and 0 < low <= row["tokens_per_second"] <= high
-        assert 0 < row["utilisation"] < 1.5 and row["peak_memory"] > 10
+        assert 0 < row["utilisation"] < (1.5 if precision == "fp32" else 10) and row["peak_memory"] > 10
         assert ("ratio" in row) == (system != "ours") and ("prune_share" in row) == ((width, system) == ("run", "ours"))
     assert 0 < rows["run", "ours"]["prune_share"] < 1
     masked = [rows[width, "research code"]["flops_per_token"] for width in ("run", 32)]
@@ -56,6 +63,26 @@ def test_all_processes_have_the_same_allocator_settings(monkeypatch):
         throughput.SYSTEM.clear()
         throughput.BATCHES.clear()
     assert len(calls) == len(systems.SYSTEMS)
+
+
+def test_every_system_has_the_precision_that_was_asked_for():
+    for name in systems.SYSTEMS:
+        throughput.start(name, "toy", CPU, True, torch.get_num_threads(), [1])
+        (system,), dtypes = throughput.SYSTEM, []
+        system.teacher.register_forward_hook(lambda *call, seen=dtypes: seen.append(call[-1].logits.dtype))
+        system.losses(throughput.BATCHES[0])
+        assert dtypes == [torch.bfloat16]
+        throughput.SYSTEM.clear()
+        throughput.BATCHES.clear()
+
+
+def test_kept_units_leave_their_process_on_the_cpu(monkeypatch):
+    """Torch refuses to pass on CUDA tensors that came from another process."""
+    copied = object()
+    ours = types.SimpleNamespace(prune_to=lambda *_: 0.1, sensitivity={},
+                                 lineage={"hidden": types.SimpleNamespace(cpu=lambda: copied)})
+    monkeypatch.setattr(throughput, "SYSTEM", [ours])
+    assert throughput.prune_ours(None) == (0.1, {"hidden": copied})
 
 
 def test_tokenise_measures_two_sizes_and_a_step(corpus, tmp_path, capsys):
