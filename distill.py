@@ -108,10 +108,9 @@ def mean_mse(student: list[torch.Tensor], teacher: list[torch.Tensor]):
 
 
 def ranking_loss(student: Output, labels):
-    """A loss that ranks the units while the student still is the teacher, where no distillation loss has a gradient:
-    L_MLM or, without a head, the squared distance from the last layer's output plus noise. That has the gradient of a
-    Gaussian likelihood at a sampled target, as in the Fisher information [ours]. Like dropout, its noise depends on
-    the micro-batches."""
+    """A loss that ranks the units while the student is the teacher and no distillation loss has a gradient: L_MLM or,
+    without a head, the squared distance from the last output plus noise, whose gradient is that of a Gaussian
+    likelihood at a sampled target, as in the Fisher information [ours]."""
     if student.logits is not None:
         return F.cross_entropy(student.logits.float(), labels)
     output = student.hidden[-1].float()  # (B,S,D)
@@ -163,8 +162,8 @@ class Distiller(nn.Module):
 
     def uses_all_parameters(self) -> bool:
         """Whether every parameter gets a gradient in every step."""
-        head_used = self.student.cls is None or "mlm" in self.alphas or "pred" in self.alphas
-        return head_used and "hidn" in self.alphas and "emb" in self.alphas
+        head = self.student.cls is None or self.alphas.keys() & {"mlm", "pred"}
+        return bool(head) and {"hidn", "emb"} <= self.alphas.keys()
 
 
 # ---- The state of a run, and its optimizer -------------------------------------------------------------------
@@ -197,7 +196,7 @@ def initial_state(args: argparse.Namespace, session: Session) -> TrainingState:
     if not any(alphas.values()):
         raise InputError("all loss weights --alpha-* are zero: there is nothing to learn")
     student = copy.deepcopy(teacher).requires_grad_(True)  # the student starts as the teacher
-    student.set_dropout(args.dropout, args.dropout)
+    student.set_dropout(args.dropout)
     if student.bert.pooler is not None:
         student.bert.pooler.requires_grad_(False)  # no loss reaches the pooler; it is only sliced
     distiller = Distiller(student, alphas, args.temperature).to(session.device).train()
@@ -241,14 +240,13 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
 # ---- The loop ------------------------------------------------------------------------------------------------
 
 
-def losses_and_gradients(state: TrainingState, teacher: Bert, batch: data.Batch, fraction: float, is_last: bool,
-                         autocast, ranking_only: bool):
+def losses_and_gradients(session: Session, state: TrainingState, batch, fraction: float, is_last, ranking_only: bool):
     """Add the gradients of one micro-batch, `fraction` of the global batch, and return its share of the losses.
     Several processes average their gradients in the last micro-batch."""
     with distributed.sync_only_if(state.engine, is_last):
-        with autocast():
+        with session.autocast():
             with torch.no_grad():
-                target = teacher(batch.input_ids, batch.positions, want_scores="attn" in state.distiller.alphas)
+                target = session.teacher(batch.input_ids, batch.positions, want_scores="attn" in state.distiller.alphas)
             losses = state.engine(batch, target, ranking_only)
         (losses["loss"] * fraction * distributed.WORLD).backward()  # DDP averages over the WORLD; this makes it a sum
     return {name: loss.detach() * fraction for name, loss in losses.items()}
@@ -265,8 +263,7 @@ def distill(args: argparse.Namespace, session: Session, state: TrainingState):
         ranking_only = "mlm" not in distiller.alphas and state.shape == session.teacher_shape
         losses: dict[str, torch.Tensor] = {}
         for batch, fraction, is_last in session.micro_batches(state):
-            part = losses_and_gradients(state, session.teacher, batch, fraction, is_last, session.autocast,
-                                        ranking_only)
+            part = losses_and_gradients(session, state, batch, fraction, is_last, ranking_only)
             losses = {name: losses.get(name, 0.0) + value for name, value in part.items()}
 
         # 2. Importance, while the gradients are complete and not clipped and the weights are those they belong to.

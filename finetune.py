@@ -187,7 +187,7 @@ def fine_tune(folder: Path, key: str, examples: dict[str, Examples], settings: S
     torch.manual_seed(seed)
     net = TaskModel(load_model(folder), key).to(device)
     if settings.dropout is not None:
-        net.set_dropout(settings.dropout, settings.dropout)
+        net.set_dropout(settings.dropout)
         net.dropout = settings.dropout
     parameters = list(net.parameters())
     groups = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": settings.weight_decay},

@@ -176,7 +176,7 @@ class Layer(nn.Module):
     def __init__(self, config: BertConfig):
         super().__init__()
         self.num_heads = config.num_attention_heads
-        self.attention_dropout = config.attention_probs_dropout_prob
+        self.dropout = config.attention_probs_dropout_prob  # of attention
         self.activation = ACTIVATIONS[config.hidden_act]
         self.attention = nn.ModuleDict({
             "self": SelfAttention(config),
@@ -191,7 +191,7 @@ class Layer(nn.Module):
         q, k, v = self.attention["self"](x)  # (B,S,H*K)
         scores = mean_attention_scores(q, k, self.num_heads) if want_scores else None
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B,H,S,K)
-        dropout = self.attention_dropout if self.training else 0.0
+        dropout = self.dropout if self.training else 0.0
         context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         context = context.transpose(1, 2).flatten(2)  # (B,S,H*K)
         x = self.attention["output"](context, x)
@@ -241,11 +241,11 @@ class MaskedLMHead(nn.Module):
 
 @dataclasses.dataclass
 class Output:
-    """What the losses need. `scores` is empty unless requested; `logits` is None without positions or head."""
+    """What the losses need. `scores` are None unless requested, and `logits` without positions or head."""
 
     embedding: torch.Tensor  # (B,S,D)
     hidden: list[torch.Tensor]  # L times (B,S,D)
-    scores: list[torch.Tensor]  # L times (B,S,S): before the softmax, averaged over the heads
+    scores: list[torch.Tensor | None]  # L times (B,S,S): before the softmax, averaged over the heads
     logits: torch.Tensor | None  # (M,V)
 
 
@@ -272,8 +272,7 @@ class Bert(nn.Module):
         for layer in self.bert.layers:
             x, layer_scores = layer(x, mask, want_scores)
             hidden.append(x)
-            if want_scores:
-                scores.append(layer_scores)
+            scores.append(layer_scores)
         logits = None
         if self.cls is not None and positions is not None:
             masked = x.flatten(0, 1)[positions]  # (M,D)
@@ -284,13 +283,11 @@ class Bert(nn.Module):
         """The pooler: tanh of a linear map of the first token. x (B,S,D) -> (B,D)."""
         return torch.tanh(self.bert.pooler["dense"](x[:, 0]))
 
-    def set_dropout(self, hidden: float, attention: float):
-        """Set the dropout probabilities used in training. The config keeps its own, which are exported."""
+    def set_dropout(self, probability: float):
+        """Set all dropout probabilities used in training. The config keeps its own, which are exported."""
         for module in self.modules():
-            if isinstance(module, (Embeddings, ResidualOutput)):
-                module.dropout = hidden
-            if isinstance(module, Layer):
-                module.attention_dropout = attention
+            if isinstance(module, (Embeddings, ResidualOutput, Layer)):
+                module.dropout = probability
 
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.parameters())

@@ -74,7 +74,7 @@ def main():
     tokens = tokenise(args.corpus, tokenizer, args.output / "cache")
     bert = Bert(BertConfig(tokenizer.get_vocab_size(), HIDDEN_SIZE, LAYERS, HEADS, 4 * HIDDEN_SIZE))
     initialise(bert, tokens.train)
-    bert.set_dropout(0, 0)  # one pass over the text or less, so there is nothing to overfit
+    bert.set_dropout(0)  # one pass over the text or less, so there is nothing to overfit
     groups = [{"params": [p for p in bert.parameters() if p.dim() == dim], "weight_decay": decay}
               for dim, decay in ((2, 0.01), (1, 0.0))]  # the pooler gets no gradient and keeps its initial weights
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)

@@ -65,7 +65,7 @@ MUTANTS = [
     ("distill.py", "no_decay += [p.weight", "_ = [p.weight", "distill", "three_updates"),
     ("distill.py", "(0.9, 0.999), 1e-6", "(0.9, 0.99), 1e-6", "distill", "three_updates"),
     ("distill.py", "min(rising, (steps - step)", "max(rising, (steps - step)", "distill", "learning_rate"),
-    ("distill.py", "student.set_dropout(args.dropout, args.dropout)", "pass", "distill", "every_setting"),
+    ("distill.py", "student.set_dropout(args.dropout)", "pass", "distill", "every_setting"),
     ("distill.py", "student.bert.pooler.requires_grad_(False)", "pass", "distill", "order_of"),
     ("distill.py", "(losses[\"loss\"] * fraction * distributed.WORLD).backward()", "losses[\"loss\"].backward()", "distill",
      "micro_batches"),

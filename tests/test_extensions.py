@@ -268,7 +268,7 @@ def test_the_refitted_decoder_keeps_the_mean_of_the_logits_and_reduces_their_err
 
 def test_both_extensions_ignore_dropout_and_leave_modes_and_hooks_as_they_were():
     bert = random_bert().train()
-    bert.set_dropout(0.5, 0.5)
+    bert.set_dropout(0.5)
     keep = {"hidden": torch.arange(12), "feed_forward.0": torch.arange(20)}
     twice = [as_distiller(copy.deepcopy(bert)).train() for _ in range(2)]
     for distiller in twice:

@@ -1,5 +1,6 @@
 """The BERT of model.py: equal to that of `transformers`, and sliceable in place."""
 
+import dataclasses
 import weakref
 
 import pytest
@@ -58,7 +59,7 @@ def test_parameter_count_equals_transformers_with_the_tied_decoder_counted_once(
 def test_logits_and_scores_are_computed_only_on_request(checkpoint):
     bert = load_model(checkpoint).eval()
     out = bert(IDS)
-    assert out.logits is None and out.scores == []
+    assert out.logits is None and out.scores == [None] * len(out.hidden)
     assert bert(IDS, torch.tensor([3])).logits.shape == (1, bert.config.vocab_size)
 
 
@@ -86,15 +87,18 @@ def test_initial_weights_follow_bert():
             assert (parameter == name.endswith("LayerNorm.weight")).all(), name
 
 
-def test_set_dropout_changes_training_but_not_the_config(checkpoint):
-    bert = load_model(checkpoint)
-    expected = bert.eval()(IDS).hidden[-1]
-    bert.train().set_dropout(0, 0)
-    assert torch.equal(bert(IDS).hidden[-1], expected)
-    for dropout in ((0.5, 0.0), (0.0, 0.5)):
-        bert.set_dropout(*dropout)
-        assert not torch.allclose(bert(IDS).hidden[-1], expected)
+def test_dropout_acts_on_hidden_states_and_on_attention_and_can_be_changed(checkpoint):
+    bert = load_model(checkpoint).train()
+    bert.set_dropout(0)
+    assert torch.equal(bert(IDS).hidden[-1], bert(IDS).hidden[-1])
     assert bert.config.hidden_dropout_prob == bert.config.attention_probs_dropout_prob == 0.1
+    bert.set_dropout(0.5)
+    assert not torch.equal(bert(IDS).embedding, bert(IDS).embedding)
+    for hidden, attention in ((0.5, 0.0), (0.0, 0.5)):
+        config = dataclasses.replace(bert.config, hidden_dropout_prob=hidden, attention_probs_dropout_prob=attention)
+        noisy = Bert(config).train()
+        assert torch.equal(noisy(IDS).embedding, noisy(IDS).embedding) == (hidden == 0)
+        assert not torch.equal(noisy(IDS).hidden[0], noisy(IDS).hidden[0])
 
 
 # ---- Slicing -------------------------------------------------------------------------------------------------
