@@ -70,7 +70,6 @@ class Settings:
     weight_decay: float
     dropout: float | None  # None: that of the checkpoint
     bf16: bool
-    span: dict | None  # SQuAD: stride, n_best, max_answer_length, null_threshold
 
 
 # ---- The task heads ------------------------------------------------------------------------------------------
@@ -167,8 +166,7 @@ def evaluate(net: TaskModel, key: str, examples: dict[str, Examples], settings: 
         dev = examples[f"dev{suffix}"]
         logits = predict(net, dev, settings, device)
         if task.kind == "span":
-            limits = {name: value for name, value in settings.span.items() if name != "stride"}
-            answers = best_answers(dev.windows, logits, dev.source, **limits)
+            answers = best_answers(dev.windows, logits, dev.source, can_be_empty=key == "squad_v2")
             scores = [squad_scores(answers[question.id], [text for text, _ in question.answers])
                       for question in dev.source]
             return dict(zip(task.metrics, 100 * np.mean(scores, axis=0), strict=True)), answers
@@ -272,12 +270,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--warmup", type=fraction, default=0.1, help="Fraction of steps with a rising learning rate. [%(default)s]")
     add("--weight-decay", type=number(float, 0, 1e9), default=0.01, help="Weight decay of the matrices. [%(default)s]")
     add("--dropout", type=number(float, 0, 0.99), help="Dropout probability. Default: that of the checkpoint.")
-    add = parser.add_argument_group("SQuAD").add_argument
-    add("--doc-stride", type=count, default=128, help="Tokens from the start of a window to the next. [%(default)s]")
-    add("--n-best", type=count, default=20, help="Best start and end tokens to combine per window. [%(default)s]")
-    add("--max-answer-length", type=count, default=30, help="Maximum tokens of an answer. [%(default)s]")
-    add("--null-threshold", type=number(float, -1e9, 1e9), default=0.0, help="SQuAD 2.0: the answer is empty if its "
-        "score exceeds that of the best span by more than this. [%(default)s]")
     add = parser.add_argument_group("run").add_argument
     add("--output", type=Path, default=Path("runs/finetune"), help="Folder for results.json and the fine-tuned models. "
         "Results that it already holds are kept. [%(default)s]")
@@ -312,15 +304,12 @@ def open_checkpoint(name: str, args: argparse.Namespace, sources: dict[str, Path
     settings = {}
     for key, source in sources.items():
         rate, epochs, batch_size, max_length = TASK_DEFAULTS[key]
-        span = {"stride": args.doc_stride, "n_best": args.n_best, "max_answer_length": args.max_answer_length,
-                "null_threshold": args.null_threshold if key == "squad_v2" else None}
         settings[key] = Settings(
             data="hub" if source is None else str(source.resolve()), weights=fingerprint,
             learning_rate=args.learning_rate or rate, batch_size=args.batch_size or batch_size,
             epochs=args.epochs or epochs, max_steps=args.max_steps,
             max_length=min(args.max_length or max_length, positions),
-            warmup=args.warmup, weight_decay=args.weight_decay, dropout=args.dropout, bf16=bf16,
-            span=span if TASKS[key].kind == "span" else None)
+            warmup=args.warmup, weight_decay=args.weight_decay, dropout=args.dropout, bf16=bf16)
     return Checkpoint(folder, tokenizer, settings)
 
 
@@ -333,9 +322,8 @@ def run_jobs(jobs: list[Job], checkpoints: dict[str, Checkpoint], splits: dict[s
         settings = settings[key]
         examples = {}
         for split, source in splits[key].items():
-            if settings.span:
-                examples[split] = encode_questions(source, tokenizer, settings.max_length, settings.span["stride"],
-                                                   training=split == "train")
+            if TASKS[key].kind == "span":
+                examples[split] = encode_questions(source, tokenizer, settings.max_length, training=split == "train")
             else:
                 examples[split] = encode_table(source, key, tokenizer, settings.max_length)
         for job in group:

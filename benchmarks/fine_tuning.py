@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
                         train.labels[part], train.source)
         settings = finetune.Settings(
             data="", weights="", learning_rate=5e-5, batch_size=args.batch_size, epochs=1, max_steps=None,
-            max_length=128, warmup=0.1, weight_decay=0.01, dropout=None, bf16=bf16, span=None)
+            max_length=128, warmup=0.1, weight_decay=0.01, dropout=None, bf16=bf16)
         finetune.fine_tune(args.model, "sst2", {"train": rows, "dev": dev}, settings, 0, device)
 
     def trainer(part: np.ndarray):

@@ -45,9 +45,9 @@ def encode_table(table: Table, key: str, tokenizer, max_length: int) -> Examples
     return Examples(ids, first_length, None if table.labels is None else np.array(table.labels, dtype), table)
 
 
-def encode_questions(questions: list[Question], tokenizer, max_length: int, stride: int, training: bool) -> Examples:
+def encode_questions(questions: list[Question], tokenizer, max_length: int, training: bool) -> Examples:
     """The windows of SQuAD as rows; labels only for training."""
-    windows = make_windows(questions, tokenizer, max_length, stride, training)
+    windows = make_windows(questions, tokenizer, max_length, training)
     labels = np.array([window.answer for window in windows], np.int64).reshape(-1, 2) if training else None
     return Examples([w.ids for w in windows], [w.context_start for w in windows], labels, questions, windows)
 

@@ -3,8 +3,8 @@
 A context that is too long for the model becomes several overlapping windows, each with the question in front. The model
 scores every token of a window as the first and as the last token of the answer.
 
-    windows = make_windows(questions, tokenizer, max_length=384, stride=128, training=False)
-    answers = best_answers(windows, scores, questions, n_best=20, max_answer_length=30)  # scores: (S,2) a window
+    windows = make_windows(questions, tokenizer, max_length=384, training=False)
+    answers = best_answers(windows, scores, questions, can_be_empty=False)  # scores: (S,2) a window
 """
 
 import dataclasses
@@ -15,10 +15,14 @@ import unicodedata
 from pathlib import Path
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from support.errors import InputError, one_line
 
-MAX_QUESTION_TOKENS = 64  # longer questions are truncated, as in BERT
+# All three are BERT's values, in tokens.
+MAX_QUESTION_TOKENS = 64  # longer questions are truncated
+STRIDE = 128  # from the start of a window to the next
+MAX_ANSWER_TOKENS = 30
 TOKENISE_AT_ONCE = 1024  # questions; an Encoding of the tokenizer takes much more memory than its token ids
 
 
@@ -69,8 +73,8 @@ def read_squad(path: Path, key: str) -> list[Question]:
     return questions
 
 
-def make_windows(questions: list[Question], tokenizer, max_length: int, stride: int, training: bool) -> list[Window]:
-    """The windows of all questions; those of one question start `stride` tokens apart.
+def make_windows(questions: list[Question], tokenizer, max_length: int, training: bool) -> list[Window]:
+    """The windows of all questions; those of one question start STRIDE tokens apart.
 
     For training the first answer is labelled. A question whose answer is not found at `answer_start` is then dropped.
     """
@@ -91,7 +95,7 @@ def make_windows(questions: list[Question], tokenizer, max_length: int, stride: 
             if first is None:
                 misplaced += 1
                 continue
-            for start in itertools.count(0, min(stride, room)):
+            for start in itertools.count(0, min(STRIDE, room)):
                 shift, end = context_start - start, start + room
                 windows.append(Window(
                     index, np.array([cls, *ids, sep, *context[start:end], sep], np.int32), context_start,
@@ -111,29 +115,32 @@ def answer_tokens(question: Question, offsets: np.ndarray):
     return (None, None) if misplaced else found[[0, -1]]
 
 
-def best_answers(windows: list[Window], scores: list[np.ndarray], questions: list[Question], n_best: int,
-                 max_answer_length: int, null_threshold: float | None = None) -> dict[str, str]:
+def best_span(window: Window, scores: np.ndarray, context: str) -> tuple[float, str]:
+    """Score and text of the best span in one window, at most MAX_ANSWER_TOKENS long; -inf, "" without a context."""
+    first, last = scores[window.context_start : -1].T  # (T,) each, for the T tokens of the context
+    if not len(first):
+        return -np.inf, ""
+    padded = np.pad(last, (0, MAX_ANSWER_TOKENS - 1), constant_values=-np.inf)
+    totals = first[:, None] + sliding_window_view(padded, MAX_ANSWER_TOKENS)  # (T,MAX_ANSWER_TOKENS)
+    start, more = np.unravel_index(totals.argmax(), totals.shape)
+    end = window.offsets[start + more, 1]
+    while end < len(context) and unicodedata.combining(context[end]):  # an accent that the tokenizer stripped
+        end += 1
+    return float(totals.max()), context[window.offsets[start, 0] : end]
+
+
+def best_answers(windows: list[Window], scores: list[np.ndarray], questions: list[Question],
+                 can_be_empty: bool) -> dict[str, str]:
     """Question id -> text of the best span over all windows, copied from the context character by character.
 
-    scores: (S,2) for each window, of every token as first and as last one. The `n_best` first and last tokens of the
-    context are paired; a valid pair is in order and at most `max_answer_length` tokens long. With a threshold (SQuAD
-    2.0) the answer is empty if the lowest [CLS] score of all windows exceeds that of the best span by more.
+    scores: (S,2) for each window, of every token as first and as last one. If it can be empty (SQuAD 2.0), the answer
+    is empty where the lowest [CLS] score of all windows exceeds that of the best span.
     """
     best = [(-np.inf, "")] * len(questions)
     null = [np.inf] * len(questions)
     for window, values in zip(windows, scores, strict=True):
-        null[window.question] = min(null[window.question], float(values[0].sum()))
-        first, last = values[window.context_start : -1].T  # without the last [SEP]
-        starts, ends = np.argsort(-first)[:n_best], np.argsort(-last)[:n_best]
-        length = ends - starts[:, None] + 1  # (n_best,n_best)
-        valid = (length > 0) & (length <= max_answer_length)
-        total = np.where(valid, first[starts][:, None] + last[ends], -np.inf)  # (n_best,n_best)
-        if total.size and total.max() > best[window.question][0]:
-            i, j = np.unravel_index(total.argmax(), total.shape)
-            text, end = questions[window.question].context, window.offsets[ends[j], 1]
-            while end < len(text) and unicodedata.combining(text[end]):  # an accent that the tokenizer stripped
-                end += 1
-            best[window.question] = (float(total.max()), text[window.offsets[starts[i], 0] : end])
-    threshold = np.inf if null_threshold is None else null_threshold
-    return {question.id: "" if null_score - score > threshold else text
+        i = window.question
+        best[i] = max(best[i], best_span(window, values, questions[i].context), key=lambda span: span[0])
+        null[i] = min(null[i], float(values[0].sum()))
+    return {question.id: "" if can_be_empty and null_score > score else text
             for question, (score, text), null_score in zip(questions, best, null, strict=True)}

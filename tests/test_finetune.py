@@ -75,7 +75,7 @@ def stored(tmp_path) -> list[dict]:
 
 def make_settings(**changes) -> finetune.Settings:
     return finetune.Settings(**dict(data="d", weights="w", learning_rate=1e-3, batch_size=8, epochs=1, max_steps=None,
-                                    max_length=32, warmup=0.1, weight_decay=0.01, dropout=None, bf16=False, span=None)
+                                    max_length=32, warmup=0.1, weight_decay=0.01, dropout=None, bf16=False)
                              | changes)
 
 
@@ -376,13 +376,6 @@ def test_every_training_flag_reaches_the_loop(start, recorded):
     argv = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", value)]
     assert start("--precision", "bf16", *argv) == 0
     assert {name: getattr(recorded[0], name) for name in flags} == flags and recorded[0].bf16 is True
-
-
-def test_every_squad_flag_reaches_the_loop(start, recorded, tmp_path):
-    source = write_squad(tmp_path / "squad", "v2.0")
-    assert start("--doc-stride", 4, "--n-best", 3, "--max-answer-length", 2, "--null-threshold", -1.5, "--max-steps", 1,
-                 "--max-length", 16, task="squad_v2", source=source) == 0
-    assert recorded[0].span == {"stride": 4, "n_best": 3, "max_answer_length": 2, "null_threshold": -1.5}
 
 
 def test_task_defaults_apply_to_flags_that_are_not_given(start, recorded, capsys):
