@@ -13,7 +13,6 @@ Metrics are in percent. Shape letters as in model.py, and C: outputs of a head, 
 import argparse
 import dataclasses
 import datetime
-import itertools
 import json
 import statistics
 import sys
@@ -25,14 +24,13 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
 
 from distill import ADAM_BETAS, ADAM_EPS, learning_rate
 from model import Bert, Linear
 from support import results
-from support.checkpoint import load_model, load_tokenizer, save_config, save_tokenizer
+from support.checkpoint import load_config, load_model, load_tokenizer, save_config, save_tokenizer
 from support.distributed import RANK, WORLD, all_gather_objects, find_device, init_distributed, tune_malloc
 from support.errors import InputError, run_program
 from support.examples import Examples, encode_questions, encode_table, make_batch, training_batches
@@ -53,23 +51,6 @@ TASK_DEFAULTS = {  # peak learning rate, epochs, batch size, maximum length in t
     **dict.fromkeys(("squad", "squad_v2"), (5e-5, 2, 16, 384)),
 }
 MAX_GRADIENT_NORM = 1.0
-
-
-@dataclasses.dataclass
-class Settings:
-    """Everything that a result depends on besides model, task and seed. Stored with every result."""
-
-    data: str  # folder, or "hub"
-    weights: str  # fingerprint of the checkpoint
-    learning_rate: float  # peak
-    batch_size: int
-    epochs: int
-    max_steps: int | None
-    max_length: int  # tokens
-    warmup: float  # fraction of the steps
-    weight_decay: float
-    dropout: float | None  # None: that of the checkpoint
-    bf16: bool
 
 
 # ---- The task heads ------------------------------------------------------------------------------------------
@@ -128,45 +109,38 @@ def save_task_model(net: TaskModel, key: str, tokenizer, folder: Path):
 # ---- Training and evaluation ---------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class TrainResult:
+class TrainResult(NamedTuple):
     net: TaskModel  # as it was after the best epoch
     metrics: dict[str, float]  # on the dev split, in percent
     answers: dict[str, str] | None  # SQuAD: question id -> answer
     epoch: int  # the best one
-    epochs: int  # in all
-    steps: int  # in all
-
-    @property
-    def score(self) -> float:
-        return statistics.fmean(self.metrics.values())
 
 
 @torch.no_grad()
-def predict(net: TaskModel, examples: Examples, settings: Settings, device) -> list[np.ndarray]:
+def predict(net: TaskModel, examples: Examples, job: Job, device) -> list[np.ndarray]:
     """Logits of every row in order: (C,), or (S,2) for spans."""
     net.eval()
     order = np.argsort([-len(ids) for ids in examples.ids], kind="stable")
     logits: list = [None] * len(order)
-    batch_size = 2 * settings.batch_size
+    batch_size = 2 * job.batch_size
     for start in tqdm(range(0, len(order), batch_size), desc="evaluate", disable=None, leave=False):
         indices = order[start : start + batch_size]
         ids, types, mask, _ = make_batch(examples, indices, net.config, device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=job.bf16):
             batch = net(ids, types, mask).cpu().numpy()
         for i, values in zip(indices, batch, strict=True):
             logits[i] = values[: len(examples.ids[i])] if net.kind == "span" else values
     return logits
 
 
-def evaluate(net: TaskModel, key: str, examples: dict[str, Examples], settings: Settings, device):
+def evaluate(net: TaskModel, examples: dict[str, Examples], job: Job, device):
     """Metrics on the dev split in percent, and the answers of SQuAD (otherwise None)."""
-    task, metrics = TASKS[key], {}
+    task, metrics = TASKS[job.task], {}
     for suffix in task.suffixes:
         dev = examples[f"dev{suffix}"]
-        logits = predict(net, dev, settings, device)
+        logits = predict(net, dev, job, device)
         if task.kind == "span":
-            answers = best_answers(dev.windows, logits, dev.source, can_be_empty=key == "squad_v2")
+            answers = best_answers(dev.windows, logits, dev.source, can_be_empty=job.task == "squad_v2")
             scores = [squad_scores(answers[question.id], [text for text, _ in question.answers])
                       for question in dev.source]
             return dict(zip(task.metrics, 100 * np.mean(scores, axis=0), strict=True)), answers
@@ -176,40 +150,39 @@ def evaluate(net: TaskModel, key: str, examples: dict[str, Examples], settings: 
     return metrics, None
 
 
-def fine_tune(folder: Path, key: str, examples: dict[str, Examples], settings: Settings, seed: int, device,
-              title: str = "train") -> TrainResult:
+def fine_tune(folder: Path, examples: dict[str, Examples], job: Job, device) -> TrainResult:
     """Train the checkpoint in `folder` on one task, and return it as it was after its best epoch on the dev split.
 
     AdamW with linear warmup and decay. Raises InputError if the loss is not finite.
     """
-    torch.manual_seed(seed)
-    net = TaskModel(load_model(folder), key).to(device)
-    if settings.dropout is not None:
-        net.set_dropout(settings.dropout, settings.dropout)
-        net.dropout = settings.dropout
+    torch.manual_seed(job.seed)
+    net = TaskModel(load_model(folder), job.task).to(device)
+    if job.dropout is not None:
+        net.set_dropout(job.dropout, job.dropout)
+        net.dropout = job.dropout
     parameters = list(net.parameters())
-    groups = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": settings.weight_decay},
+    groups = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": job.weight_decay},
               {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=ADAM_BETAS, eps=ADAM_EPS, fused=True)
     train = examples["train"]
     lengths = np.array([len(ids) for ids in train.ids])
-    steps = settings.epochs * -(-len(lengths) // settings.batch_size)
-    steps = min(steps, settings.max_steps or steps)
-    step, best, best_weights = 0, None, None
-    with tqdm(total=steps, desc=title, disable=None, leave=False) as progress:
-        for epoch in range(1, settings.epochs + 1):
+    steps = job.epochs * -(-len(lengths) // job.batch_size)
+    steps = min(steps, job.max_steps or steps)
+    step, best, best_score, best_weights = 0, None, -np.inf, None
+    with tqdm(total=steps, desc=str(job), disable=None, leave=False) as progress:
+        for epoch in range(1, job.epochs + 1):
             net.train()
             total = torch.zeros((), device=device)  # summed there, because reading every loss makes the GPU wait
-            batches = training_batches(lengths, settings.batch_size, seed, epoch)[: steps - step]
+            batches = training_batches(lengths, job.batch_size, job.seed, epoch)[: steps - step]
             for indices in batches:
                 ids, types, mask, labels = make_batch(train, indices, net.config, device)
-                with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
+                with torch.autocast(device.type, torch.bfloat16, enabled=job.bf16):
                     logits = net(ids, types, mask)
                 loss = task_loss(net.kind, logits, labels)
                 loss.backward()
                 nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(step, steps, settings.learning_rate, settings.warmup)
+                    group["lr"] = learning_rate(step, steps, job.learning_rate, job.warmup)
                 optimizer.step()
                 optimizer.zero_grad()
                 total += loss.detach()
@@ -217,28 +190,28 @@ def fine_tune(folder: Path, key: str, examples: dict[str, Examples], settings: S
                 progress.update()
             mean_loss = total.item() / len(batches)
             if not np.isfinite(mean_loss):
-                raise InputError(f"{title}: the loss is not finite after {step} steps; try a smaller --learning-rate")
-            metrics, answers = evaluate(net, key, examples, settings, device)
+                raise InputError(f"{job}: the loss is not finite after {step} steps; try a smaller --learning-rate")
+            metrics, answers = evaluate(net, examples, job, device)
             progress.set_postfix(loss=f"{mean_loss:.3f}", **{name: f"{value:.1f}" for name, value in metrics.items()})
-            result = TrainResult(net, metrics, answers, epoch, epoch, step)
-            if best is None or result.score > best.score:
-                best, best_weights = result, {k: v.to("cpu", copy=True) for k, v in net.state_dict().items()}
-            best.epochs, best.steps = epoch, step
+            score = statistics.fmean(metrics.values())
+            if score > best_score:
+                best, best_score = TrainResult(net, metrics, answers, epoch), score
+                best_weights = {name: tensor.to("cpu", copy=True) for name, tensor in net.state_dict().items()}
             if step == steps:
                 break
     net.load_state_dict(best_weights)
     return best
 
 
-def prediction_files(result: TrainResult, key: str, examples: dict[str, Examples], settings: Settings, device):
+def prediction_files(result: TrainResult, examples: dict[str, Examples], job: Job, device) -> dict[str, list[str]]:
     """File name -> lines: the answers to SQuAD's dev split, or what the GLUE server expects for the test splits."""
-    task = TASKS[key]
+    task = TASKS[job.task]
     if task.kind == "span":
         return {"predictions.json": [json.dumps(result.answers, ensure_ascii=False)]}
     files = {}
     for suffix in task.suffixes:
         if test := examples.get(f"test{suffix}"):
-            logits = predict(result.net, test, settings, device)
+            logits = predict(result.net, test, job, device)
             values = [task.tsv_labels[v.argmax()] if task.tsv_labels else f"{np.clip(v[0], 0, 5):.3f}" for v in logits]
             short = {"_matched": "-m", "_mismatched": "-mm"}.get(suffix, "")
             files[f"{task.title}{short}.tsv"] = ["index\tprediction"] + [
@@ -271,7 +244,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--weight-decay", type=number(float, 0, 1e9), default=0.01, help="Weight decay of the matrices. [%(default)s]")
     add("--dropout", type=number(float, 0, 0.99), help="Dropout probability. Default: that of the checkpoint.")
     add = parser.add_argument_group("run").add_argument
-    add("--output", type=Path, default=Path("runs/finetune"), help="Folder for results.json and the fine-tuned models. "
+    add("--output", type=Path, default=Path("runs/finetune"), help="Folder for the results and the fine-tuned models. "
         "Results that it already holds are kept. [%(default)s]")
     add("--overwrite", action="store_true", help="Compute again what the output folder already holds.")
     add("--device", default="auto", help="cpu, cuda or cuda:N. auto uses a GPU if there is one. [auto]")
@@ -279,73 +252,59 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-class Checkpoint(NamedTuple):
-    folder: Path
-    tokenizer: Tokenizer
-    settings: dict[str, Settings]  # by task
+def make_jobs(model: str, args: argparse.Namespace, sources: dict[str, Path | None], bf16: bool) -> list[Job]:
+    """The jobs of one model: the flags, or the task's defaults where none is given. Raises InputError.
 
-
-def open_checkpoint(name: str, args: argparse.Namespace, sources: dict[str, Path | None], bf16: bool) -> Checkpoint:
-    """Load a model once to check it, and make its settings: the flags, or the task's defaults where none is given.
-
-    sources: task -> folder of its data, None for the hub. Raises InputError.
+    sources: task -> folder of its data, None for the hub.
     """
-    folder = find_model(name)
+    folder = find_model(model)
     bert = load_model(folder)
-    positions, fingerprint = bert.config.max_position_embeddings, model_fingerprint(folder)
-    tokenizer = load_tokenizer(folder, bert.config.vocab_size)
+    load_tokenizer(folder, bert.config.vocab_size)  # to report what is wrong with it before any training
+    positions, weights = bert.config.max_position_embeddings, model_fingerprint(folder)
     if bert.bert.pooler is None and any(TASKS[key].kind != "span" for key in sources):
-        print(f"{name} has no pooler. A new one is initialised.")
-    if positions < 16:
-        raise InputError(f"{name} has {positions} positions; a task needs at least 16")
+        print(f"{model} has no pooler. A new one is initialised.")
     longest = max(args.max_length or TASK_DEFAULTS[key][3] for key in sources)
     if longest > positions:
-        print(f"{name} has {positions} positions. Rows are truncated to this length instead of {longest}.")
-    settings = {}
+        print(f"{model} has {positions} positions. Rows are truncated to this length instead of {longest}.")
+    jobs = []
     for key, source in sources.items():
         rate, epochs, batch_size, max_length = TASK_DEFAULTS[key]
-        settings[key] = Settings(
-            data="hub" if source is None else str(source.resolve()), weights=fingerprint,
+        jobs += [Job(
+            model, key, seed, data="hub" if source is None else str(source.resolve()), weights=weights,
             learning_rate=args.learning_rate or rate, batch_size=args.batch_size or batch_size,
             epochs=args.epochs or epochs, max_steps=args.max_steps,
             max_length=min(args.max_length or max_length, positions),
             warmup=args.warmup, weight_decay=args.weight_decay, dropout=args.dropout, bf16=bf16)
-    return Checkpoint(folder, tokenizer, settings)
+            for seed in dict.fromkeys(args.seeds)]
+    return jobs
 
 
-def run_jobs(jobs: list[Job], checkpoints: dict[str, Checkpoint], splits: dict[str, dict], output: Path, device):
+def run_jobs(jobs: list[Job], splits: dict[str, dict], output: Path, device):
     """Fine-tune and evaluate, and store each result at once. splits: task -> its data, from `read_task`."""
-    models = {entry["model"] for entry in results.read_results(output)} | set(checkpoints)
-    started = time.perf_counter()
-    for (model, key), group in itertools.groupby(jobs, lambda job: job[:2]):
-        folder, tokenizer, settings = checkpoints[model]
-        settings = settings[key]
-        examples = {}
-        for split, source in splits[key].items():
-            if TASKS[key].kind == "span":
-                examples[split] = encode_questions(source, tokenizer, settings.max_length, training=split == "train")
-            else:
-                examples[split] = encode_table(source, key, tokenizer, settings.max_length)
-        for job in group:
-            job_started = time.perf_counter()
-            title = f"{model} {key} seed {job.seed}"
-            print(f"{title}: {len(examples['train'].ids):,} training rows", flush=True)
-            result = fine_tune(folder, key, examples, settings, job.seed, device, title)
-            target = results.result_folder(output, job, models)
-            predictions = prediction_files(result, key, examples, settings, device)
-            with results.replace_folder(target) as work:
-                save_task_model(result.net, key, tokenizer, work)
-                for name, lines in predictions.items():
-                    (work / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
-            seconds = time.perf_counter() - job_started
-            results.update_results(output, add=[{
-                **job._asdict(), "metrics": result.metrics, "folder": str(target), "seconds": round(seconds, 2),
-                "epoch": result.epoch, "settings": dataclasses.asdict(settings)}])
-            done = jobs.index(job) + 1
-            minutes_left = (time.perf_counter() - started) / done * (len(jobs) - done) / 60
-            capped = f", {result.steps} steps" if settings.max_steps else ""
-            print(f"  {results.describe(result.metrics)} (epoch {result.epoch} of {result.epochs}{capped}; "
-                  f"{seconds:.0f} s; {done} of {len(jobs)} done, about {minutes_left:.0f} min left)", flush=True)
+    rows_of = None  # model and task whose rows are in `examples`; all seeds share them
+    for done, job in enumerate(jobs, 1):
+        started = time.perf_counter()
+        if rows_of != (job.model, job.task):
+            rows_of, examples = (job.model, job.task), {}
+            folder = find_model(job.model)
+            tokenizer = load_tokenizer(folder, load_config(folder).vocab_size)
+            for split, source in splits[job.task].items():
+                if TASKS[job.task].kind == "span":
+                    examples[split] = encode_questions(source, tokenizer, job.max_length, training=split == "train")
+                else:
+                    examples[split] = encode_table(source, job.task, tokenizer, job.max_length)
+        print(f"{job}: {len(examples['train'].ids):,} training rows", flush=True)
+        result = fine_tune(folder, examples, job, device)
+        files = prediction_files(result, examples, job, device)
+        seconds = round(time.perf_counter() - started, 1)
+        record = dataclasses.asdict(job) | {"metrics": result.metrics, "epoch": result.epoch, "seconds": seconds}
+        files["result.json"] = [json.dumps(record, indent=1)]
+        with results.new_folder(job.folder(output)) as work:
+            save_task_model(result.net, job.task, tokenizer, work)
+            for name, lines in files.items():
+                (work / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        metrics = ", ".join(f"{name} {value:.1f}" for name, value in result.metrics.items())
+        print(f"  {metrics} (epoch {result.epoch}; {seconds} s; {done} of {len(jobs)} done)", flush=True)
 
 
 def evaluate_models(args: argparse.Namespace):
@@ -353,30 +312,30 @@ def evaluate_models(args: argparse.Namespace):
     device = find_device(args.device)
     tune_malloc()
     bf16 = args.precision == "bf16" or args.precision == "auto" and device.type == "cuda"
+    if args.output.is_file():
+        raise InputError(f"--output {args.output} is a file; choose a folder")
     keys = [key for key in TASKS if key in args.task or "all" in args.task]
     sources = find_data(args.data, keys, skip_missing="all" in args.task)
-    checkpoints = {name: open_checkpoint(name, args, sources, bf16) for name in dict.fromkeys(args.model)}
-    jobs = [Job(*job) for job in itertools.product(checkpoints, sources, dict.fromkeys(args.seeds))]
-    settings = {job: dataclasses.asdict(checkpoints[job.model].settings[job.task]) for job in jobs}
-    finished = results.finished_results(args.output, settings, args.overwrite)
-    if finished:
-        print(f"{len(finished)} of {len(jobs)} results are already in {args.output}.")
-    jobs_left = [job for job in jobs if job not in finished]
-    splits = {key: read_task(key, sources[key]) for key in sources if any(job.task == key for job in jobs_left)}
+    jobs = [job for model in dict.fromkeys(args.model) for job in make_jobs(model, args, sources, bf16)]
+    todo = [job for job in jobs if args.overwrite or not job.is_finished(args.output)]
+    if len(todo) < len(jobs):
+        print(f"{len(jobs) - len(todo)} of {len(jobs)} results are already in {args.output}.")
+    splits = {key: read_task(key, sources[key]) for key in dict.fromkeys(job.task for job in todo)}
 
-    # The processes of torchrun share the jobs.
+    # The processes of torchrun share the jobs that the first one finds unfinished.
     init_distributed(torch.device("cpu"), datetime.timedelta(days=7))
-    if RANK == 0:
-        results.update_results(args.output, remove=jobs_left)
-    all_gather_objects(None)  # waits for the first process; from here on all of them add results
+    args.output.mkdir(parents=True, exist_ok=True)
+    if RANK == 0 and args.overwrite:
+        for job in todo:
+            (job.folder(args.output) / "result.json").unlink(missing_ok=True)
+    todo = all_gather_objects(todo)[0]
     print("The dev split that is reported also chooses the best epoch.")
-    run_jobs(jobs_left[RANK::WORLD], checkpoints, splits, args.output, device)
-    all_gather_objects(None)
+    run_jobs(todo[RANK::WORLD], splits, args.output, device)
+    all_gather_objects(None)  # waits for the others
 
-    entries = [entry for entry in results.read_results(args.output) if results.job_of(entry) in jobs]
     print(f"\ndev, percent{', mean ± standard deviation over seeds' if len(set(args.seeds)) > 1 else ''}\n")
-    print(results.results_table(entries, list(checkpoints), list(sources)))
-    print(f"\nresults: {args.output / 'results.json'}")
+    print(results.results_table([read_json(job.folder(args.output) / "result.json") for job in jobs]))
+    print(f"\nresults: {args.output}/*/*/result.json")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -28,6 +28,7 @@ from support.checkpoint import load_model, load_tokenizer
 from support.distributed import find_device, synchronized_time, tune_malloc
 from support.examples import Examples, encode_table
 from support.glue import Table, read_task
+from support.results import Job
 
 
 def main(argv: list[str]) -> int:
@@ -54,10 +55,10 @@ def main(argv: list[str]) -> int:
     def ours(part: np.ndarray):
         rows = Examples([train.ids[i] for i in part], [train.first_length[i] for i in part],
                         train.labels[part], train.source)
-        settings = finetune.Settings(
-            data="", weights="", learning_rate=5e-5, batch_size=args.batch_size, epochs=1, max_steps=None,
-            max_length=128, warmup=0.1, weight_decay=0.01, dropout=None, bf16=bf16)
-        finetune.fine_tune(args.model, "sst2", {"train": rows, "dev": dev}, settings, 0, device)
+        job = Job(
+            str(args.model), "sst2", seed=0, data="", weights="", learning_rate=5e-5, batch_size=args.batch_size,
+            epochs=1, max_steps=None, max_length=128, warmup=0.1, weight_decay=0.01, dropout=None, bf16=bf16)
+        finetune.fine_tune(args.model, {"train": rows, "dev": dev}, job, device)
 
     def trainer(part: np.ndarray):
         net = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=2, dtype=torch.float32)

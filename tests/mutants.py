@@ -153,7 +153,7 @@ MUTANTS = [
     ("experiments/experiment.py", "statistics.stdev(values) if", "0.0 if", "experiments", "deviation"),
     ("support/metrics.py", "2 * true_positives / positives", "true_positives / positives", "metrics", "scikit"),
     ("support/metrics.py", "(counts - 1) / 2", "counts", "metrics", "scipy"),
-    ("finetune.py", "if best is None or result.score > best.score:", "if True:", "finetune", "best"),
+    ("finetune.py", "if score > best_score:", "if True:", "finetune", "best"),
     ("finetune.py", "nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)", "pass", "finetune", ""),
     ("support/examples.py", "mask = columns < lengths[:, None]", "mask = columns <= lengths[:, None]", "finetune", ""),
 ]

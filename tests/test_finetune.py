@@ -55,38 +55,38 @@ def start(checkpoint, rte, tmp_path):
 
 
 @pytest.fixture
-def recorded(monkeypatch) -> list[finetune.Settings]:
-    """The settings of every training run, with its seed."""
+def recorded(monkeypatch) -> list[Job]:
+    """The job of every training run."""
     seen = []
     fine_tune = finetune.fine_tune
 
-    def record(folder, key, examples, settings, seed, *rest):
-        seen.append(dataclasses.replace(settings))
-        seen[-1].seed = seed
-        return fine_tune(folder, key, examples, settings, seed, *rest)
+    def record(folder, examples, job, device):
+        seen.append(job)
+        return fine_tune(folder, examples, job, device)
 
     monkeypatch.setattr(finetune, "fine_tune", record)
     return seen
 
 
 def stored(tmp_path) -> list[dict]:
-    return json.loads((tmp_path / "out" / "results.json").read_text())
+    """All results by seed and task, each with its folder."""
+    results = [json.loads(path.read_text()) | {"folder": path.parent}
+               for path in (tmp_path / "out").glob("*/[!.]*/result.json")]
+    return sorted(results, key=lambda result: (result["seed"], result["task"]))
 
 
-def make_settings(**changes) -> finetune.Settings:
-    return finetune.Settings(**dict(data="d", weights="w", learning_rate=1e-3, batch_size=8, epochs=1, max_steps=None,
-                                    max_length=32, warmup=0.1, weight_decay=0.01, dropout=None, bf16=False)
-                             | changes)
+def make_job(**changes) -> Job:
+    return Job(**dict(model="m", task="rte", seed=0, data="d", weights="w", learning_rate=1e-3, batch_size=8, epochs=1,
+                      max_steps=None, max_length=32, warmup=0.1, weight_decay=0.01, dropout=None, bf16=False) | changes)
 
 
 def rte_examples(rte, tokenizer, max_length=32) -> dict[str, Examples]:
     return {split: encode_table(table, "rte", tokenizer, max_length) for split, table in read_task("rte", rte).items()}
 
 
-def train(checkpoint, rte, tokenizer, seed=0, **changes) -> finetune.TrainResult:
-    settings = make_settings(**changes)
-    examples = rte_examples(rte, tokenizer, settings.max_length)
-    return finetune.fine_tune(checkpoint, "rte", examples, settings, seed, CPU)
+def train(checkpoint, rte, tokenizer, **changes) -> finetune.TrainResult:
+    job = make_job(**changes)
+    return finetune.fine_tune(checkpoint, rte_examples(rte, tokenizer, job.max_length), job, CPU)
 
 
 def all_parameters(net) -> torch.Tensor:
@@ -213,7 +213,7 @@ def test_a_missing_pooler_is_initialised_with_a_message(start, checkpoint, tmp_p
     assert start("--max-steps", 1, models=(bare, checkpoint)) == 0
     out = capsys.readouterr().out
     assert f"{bare} has no pooler" in out and f"{checkpoint} has no pooler" not in out
-    saved = load_file(Path(stored(tmp_path)[0]["folder"]) / "model.safetensors")
+    saved = load_file(stored(tmp_path)[0]["folder"] / "model.safetensors")
     assert 0.1 < saved["bert.pooler.dense.weight"].std() < 0.3  # initializer_range is 0.2
 
 
@@ -226,7 +226,7 @@ def test_a_toy_task_is_learned_and_transformers_predicts_the_same(start, tmp_pat
     (entry,) = stored(tmp_path)
     assert entry["metrics"]["accuracy"] >= 95 and entry["task"] == "sst2" and entry["seconds"] > 0
     assert "The dev split that is reported also chooses the best epoch." in capsys.readouterr().out
-    folder = Path(entry["folder"])
+    folder = entry["folder"]
     net = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
 
@@ -248,12 +248,12 @@ def test_toy_questions_are_learned_and_answered(key, version, start, tmp_path):
     assert start("--epochs", 12, "--batch-size", 8, "--learning-rate", 3e-3, task=key, source=source) == 0
     (entry,) = stored(tmp_path)
     assert entry["metrics"]["exact_match"] >= 80 and entry["metrics"]["f1"] >= entry["metrics"]["exact_match"]
-    answers = json.loads((Path(entry["folder"]) / "predictions.json").read_text())
+    answers = json.loads((entry["folder"] / "predictions.json").read_text())
     dev = read_squad(source / f"dev-{version}.json", key)
     scores = [squad_scores(answers[question.id], [t for t, _ in question.answers]) for question in dev]
     assert 100 * np.mean(scores, axis=0) == pytest.approx(list(entry["metrics"].values()))
     assert ("" in answers.values()) is (key == "squad_v2")
-    config = json.loads((Path(entry["folder"]) / "config.json").read_text())
+    config = json.loads((entry["folder"] / "config.json").read_text())
     assert config["architectures"] == ["BertForQuestionAnswering"]
 
 
@@ -264,7 +264,7 @@ def test_every_task_runs_from_files_to_predictions(key, start, tmp_path):
     (entry,) = stored(tmp_path)
     names = [name + suffix for suffix in TASKS[key].suffixes for name in TASKS[key].metrics]
     assert list(entry["metrics"]) == names and all(-100 <= value <= 100 for value in entry["metrics"].values())
-    folder = Path(entry["folder"])
+    folder = entry["folder"]
     files = ["MNLI-m.tsv", "MNLI-mm.tsv"] if key == "mnli" else [f"{TASKS[key].title}.tsv"]
     for file in files:
         header, *lines = (folder / file).read_text().splitlines()
@@ -295,7 +295,7 @@ def test_updates_equal_those_of_plain_torch(checkpoint, rte, tokenizer):
         optimizer.step()
         optimizer.zero_grad()
     assert len(norms) == 3 and max(norms) > 1.2 * min(norms) > 1.2  # all are clipped, and differ
-    result = train(checkpoint, rte, tokenizer, 5, learning_rate=0.01, warmup=0.0, weight_decay=0.5, dropout=0.0)
+    result = train(checkpoint, rte, tokenizer, seed=5, learning_rate=0.01, warmup=0.0, weight_decay=0.5, dropout=0.0)
     torch.testing.assert_close(all_parameters(result.net), all_parameters(net), rtol=0, atol=1e-4)
 
 
@@ -315,10 +315,16 @@ def test_dropout_is_that_of_the_checkpoint_by_default(checkpoint, rte, tokenizer
         assert net.config.hidden_dropout_prob == 0.1  # the saved config keeps its own
 
 
-def test_max_steps_ends_training_early(checkpoint, rte, tokenizer):
+def test_max_steps_ends_training_early(checkpoint, rte, tokenizer, monkeypatch):
+    trained, evaluated = [], []
+    clip, evaluate = torch.nn.utils.clip_grad_norm_, finetune.evaluate
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *given: trained.append(1) or clip(*given))
+    monkeypatch.setattr(finetune, "evaluate", lambda *given: evaluated.append(1) or evaluate(*given))
     for most, epochs in ((2, 1), (3, 1), (4, 2), (99, 3)):  # an epoch has three steps
-        result = train(checkpoint, rte, tokenizer, epochs=3, max_steps=most)
-        assert (result.steps, result.epochs) == (min(most, 9), epochs)
+        trained.clear()
+        evaluated.clear()
+        train(checkpoint, rte, tokenizer, epochs=3, max_steps=most)
+        assert (len(trained), len(evaluated)) == (min(most, 9), epochs)
 
 
 def test_the_weights_of_the_best_epoch_are_kept(checkpoint, rte, tokenizer, monkeypatch):
@@ -330,7 +336,7 @@ def test_the_weights_of_the_best_epoch_are_kept(checkpoint, rte, tokenizer, monk
 
     monkeypatch.setattr(finetune, "evaluate", evaluate)
     result = train(checkpoint, rte, tokenizer, epochs=3)
-    assert (result.epoch, result.epochs, result.steps, result.metrics) == (2, 3, 9, {"accuracy": 30.0})
+    assert len(heads) == 3 and (result.epoch, result.metrics) == (2, {"accuracy": 30.0})
     assert torch.equal(result.net.classifier.weight, heads[1]) and not torch.equal(heads[1], heads[2])
 
 
@@ -339,7 +345,7 @@ def test_test_splits_do_not_influence_training(checkpoint, rte, tokenizer, monke
     seen = []
     predict = finetune.predict
     monkeypatch.setattr(finetune, "predict", lambda net, rows, *rest: seen.append(rows) or predict(net, rows, *rest))
-    finetune.fine_tune(checkpoint, "rte", examples, make_settings(epochs=2), 0, CPU)
+    finetune.fine_tune(checkpoint, examples, make_job(epochs=2), CPU)
     assert len(seen) == 2 and all(rows is examples["dev"] for rows in seen)
 
 
@@ -349,7 +355,7 @@ def test_predictions_do_not_depend_on_the_batch_size(checkpoint, tokenizer):
     rows = encode_table(table, "rte", tokenizer, 32)
     for key in ("rte", "squad"):
         net = TaskModel(load_model(checkpoint), key)
-        one, many = (finetune.predict(net, rows, make_settings(batch_size=size), CPU) for size in (1, 5))
+        one, many = (finetune.predict(net, rows, make_job(batch_size=size), CPU) for size in (1, 5))
         for ids, a, b in zip(rows.ids, one, many, strict=True):
             assert a.shape == b.shape == ((len(ids), 2) if key == "squad" else (2,))
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
@@ -364,7 +370,7 @@ def test_a_loss_that_is_not_finite_is_an_error(start, capsys, monkeypatch):
 def test_a_gpu_computes_in_bf16_by_default(checkpoint, rte, tmp_path):
     argv = ["--model", str(checkpoint), "--task", "rte", "--data", str(rte), "--output", str(tmp_path / "out")]
     assert finetune.main([*argv, "--epochs", "1"]) == 0
-    assert stored(tmp_path)[0]["settings"]["bf16"] is True
+    assert stored(tmp_path)[0]["bf16"] is True
 
 
 # ---- Flags ---------------------------------------------------------------------------------------------------
@@ -392,8 +398,8 @@ def test_all_runs_the_tasks_with_data_and_names_the_others(start, tmp_path, caps
     write_glue("stsb", root / "STS-B", test=False)
     write_squad(root / "SQuAD")
     assert start("--max-steps", 1, "--seeds", 0, 1, task="all", source=root) == 0
-    assert [(entry["task"], entry["seed"]) for entry in stored(tmp_path)] == [
-        (key, seed) for key in ("cola", "stsb", "squad") for seed in (0, 1)]
+    assert [(entry["seed"], entry["task"]) for entry in stored(tmp_path)] == [
+        (seed, key) for seed in (0, 1) for key in ("cola", "squad", "stsb")]
     out = capsys.readouterr().out
     for key in ("sst2", "mrpc", "qqp", "mnli", "qnli", "rte", "wnli", "squad_v2"):
         assert f"Skipping {key}: " in out
@@ -433,14 +439,8 @@ def test_bad_flags_give_a_one_line_error(flags, words, start, capsys, tmp_path):
 
 
 def test_bad_folders_give_a_one_line_error(start, checkpoint, tmp_path, capsys):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.txt").write_text("keep me")
-    assert_one_line_error(start(), capsys, ["in use", "results.json"])
-    for content in ("{", '{"a": 1}', '[{"model": "m"}]', "[1]", "7"):
-        (tmp_path / "out" / "results.json").write_text(content)
-        assert_one_line_error(start(), capsys, ["results.json", "--output"])
     (tmp_path / "file").write_text("x")
-    assert_one_line_error(start("--output", tmp_path / "file"), capsys, ["file", "in use"])
+    assert_one_line_error(start("--output", tmp_path / "file"), capsys, ["--output", "is a file"])
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "config.json").write_text("{}")
@@ -471,11 +471,40 @@ def test_finished_results_are_kept_and_not_computed_again(start, recorded, tmp_p
     assert_one_line_error(start("--max-steps", 2), capsys, ["max_steps 1, now 2", "--overwrite"])
     assert stored(tmp_path)[:2] == before
     assert start("--max-steps", 2, "--overwrite") == 0
-    assert {entry["seed"]: entry["settings"]["max_steps"] for entry in stored(tmp_path)} == {0: 2, 1: 1, 2: 1}
+    assert {entry["seed"]: entry["max_steps"] for entry in stored(tmp_path)} == {0: 2, 1: 1, 2: 1}
     recorded.clear()
     shutil.rmtree(before[1]["folder"])
-    assert start("--max-steps", 1, "--seeds", 1, 2) == 0  # a result without its folder is computed again
+    assert start("--max-steps", 1, "--seeds", 1, 2) == 0  # a result whose folder was removed is computed again
     assert [one.seed for one in recorded] == [1] and len(stored(tmp_path)) == 3
+
+
+def test_a_damaged_result_is_an_error_and_can_be_overwritten(start, tmp_path, capsys):
+    assert start("--max-steps", 1) == 0
+    path = stored(tmp_path)[0]["folder"] / "result.json"
+    for content, words in (("{", ["cannot be read"]), ("[1]", ["JSON object"]), ('{"a": 1}', ["--overwrite"])):
+        path.write_text(content)
+        assert_one_line_error(start("--max-steps", 1), capsys, ["result.json", *words])
+    assert start("--max-steps", 1, "--overwrite") == 0
+    assert stored(tmp_path)[0]["task"] == "rte"
+
+
+def test_an_interrupted_overwrite_continues_without_the_flag(start, recorded, tmp_path, monkeypatch):
+    assert start("--max-steps", 1, "--seeds", 0, 1) == 0
+    save_task_model = finetune.save_task_model
+
+    def interrupted(*given):
+        monkeypatch.setattr(finetune, "save_task_model", interrupt)
+        return save_task_model(*given)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune, "save_task_model", interrupted)
+    assert start("--max-steps", 2, "--seeds", 0, 1, "--overwrite") == 130
+    monkeypatch.setattr(finetune, "save_task_model", save_task_model)
+    recorded.clear()
+    assert start("--max-steps", 2, "--seeds", 0, 1) == 0
+    assert [job.seed for job in recorded] == [1] and [entry["max_steps"] for entry in stored(tmp_path)] == [2, 2]
 
 
 def test_bad_data_costs_no_finished_result(start, tmp_path, capsys):
@@ -484,7 +513,7 @@ def test_bad_data_costs_no_finished_result(start, tmp_path, capsys):
     before = stored(tmp_path)
     (source / "dev.tsv").unlink()
     assert_one_line_error(start("--max-steps", 1, "--overwrite", source=source), capsys, ["no dev split"])
-    assert stored(tmp_path) == before and Path(before[0]["folder"]).is_dir()
+    assert stored(tmp_path) == before and before[0]["folder"].is_dir()
 
 
 def test_results_of_other_weights_with_the_same_name_are_an_error(start, checkpoint, tmp_path, capsys):
@@ -501,13 +530,15 @@ def test_results_of_other_weights_with_the_same_name_are_an_error(start, checkpo
 
 
 def test_models_with_similar_names_get_separate_folders(tmp_path):
-    job, other = Job("../a/student", "rte", 3), Job("a/student", "rte", 3)
-    models = {"../a/student", "b"}
-    assert results.result_folder(tmp_path, job, models) == tmp_path / "a-student" / "rte-seed3"
-    assert results.result_folder(tmp_path, other, models).parent.name.startswith("a-student-")
-    first, second = (results.result_folder(tmp_path, Job(f"{letter}/" + "ü" * 300, "rte", 3), set()) for letter in "ab")
-    first.mkdir(parents=True)  # file systems allow 255 bytes
-    assert first != second and len(first.parent.name.encode()) <= 255
+    def folder(model):
+        return make_job(model=model, seed=3).folder(tmp_path)
+
+    assert folder("bert-base-uncased") == tmp_path / "bert-base-uncased" / "rte-seed3"
+    models = ["../a/student", "a/student", "a-student", ".", "..", "/", *(f"{letter}/" + "ü" * 300 for letter in "ab")]
+    assert folder("../a/student").parent.name.startswith("a-student-")
+    for model in models:
+        folder(model).mkdir(parents=True)  # fails for a name of more than 255 bytes
+    assert len(list(tmp_path.glob("*/rte-seed3"))) == len(models)
 
 
 def test_the_table_has_means_standard_deviations_and_the_glue_average():
@@ -516,10 +547,11 @@ def test_the_table_has_means_standard_deviations_and_the_glue_average():
 
     entries = [entry("m", "mrpc", 0, f1=80.0, accuracy=70.0), entry("m", "mrpc", 1, f1=82.0, accuracy=74.0),
                entry("m", "rte", 0, accuracy=60.0), entry("m", "rte", 1, accuracy=62.0),
-               entry("m", "wnli", 0, accuracy=0.0), entry("m", "wnli", 1, accuracy=0.0),
-               entry("other", "rte", 0, accuracy=50.0)]
-    header, _, *lines = results.results_table(entries, ["m", "other"], ["mrpc", "rte", "wnli"]).splitlines()
+               entry("m", "wnli", 0, accuracy=0.0), entry("m", "wnli", 1, accuracy=0.0)]
+    header, _, *lines = results.results_table(entries + [e | {"model": "other"} for e in entries]).splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in [header, *lines]]
     assert cells[0] == ["model", "MRPC f1", "MRPC accuracy", "RTE accuracy", "WNLI accuracy", "GLUE average of 2"]
     assert cells[1] == ["m", "81.0 ± 1.4", "72.0 ± 2.8", "61.0 ± 1.4", "0.0 ± 0.0", "68.8 ± 1.8"]
-    assert cells[2] == ["other", "-", "-", "50.0", "-", "-"]
+    assert cells[2] == ["other", *cells[1][1:]]
+    single = results.results_table([entry("m", "squad", 0, exact_match=80.0, f1=90.0)]).splitlines()
+    assert [cell.strip() for cell in single[-1].split("|")[1:-1]] == ["m", "80.0", "90.0"]
