@@ -64,7 +64,7 @@ def test_a_failure_is_one_line_and_leaves_no_partial_model(error, code, hint, ar
     assert finetune.main(argv) == code
     message = capsys.readouterr().err
     assert message.startswith("finetune.py: ") and message.count("\n") == 1 and hint in message
-    assert not list((tmp_path / "out").glob("*/*"))
+    assert not list((tmp_path / "out").glob("*/[!.]*"))
 
 
 def test_a_killed_run_loses_only_the_result_it_was_computing(argv, tmp_path):
