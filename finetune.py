@@ -11,13 +11,11 @@ Metrics are in percent. Shape letters as in model.py, and C: outputs of a head, 
 """
 
 import argparse
-import collections
 import dataclasses
 import datetime
 import hashlib
 import itertools
 import json
-import os
 import re
 import shutil
 import statistics
@@ -25,7 +23,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -34,7 +31,7 @@ from tqdm import tqdm
 from distill import ADAM_BETAS, ADAM_EPS, learning_rate
 from model import Bert, Linear
 from support.batches import Row, make_batch, training_batches
-from support.checkpoint import load_config, load_model, load_tokenizer, save_config, save_tokenizer
+from support.checkpoint import load_config, load_model, load_tokenizer, save_model, save_tokenizer
 from support.distributed import RANK, WORLD, all_gather_objects, find_device, init_distributed, tune_malloc
 from support.errors import InputError, run_program
 from support.files import atomic_rename, model_fingerprint, read_json
@@ -55,59 +52,6 @@ TASK_DEFAULTS = {  # where they differ; small data sets need more epochs
     "squad_v2": {"epochs": 2, "batch_size": 16, "max_length": 384},
 }
 MAX_GRADIENT_NORM = 1.0
-
-
-# ---- The task heads ------------------------------------------------------------------------------------------
-
-
-class TaskModel(Bert):
-    """An encoder with a new linear head: on the pooled first token (B,C), or for spans on every token (B,S,2)."""
-
-    def __init__(self, bert: Bert, key: str):
-        nn.Module.__init__(self)  # not Bert's, which would build and initialise another encoder
-        self.config, self.bert, self.cls, self.kind = bert.config, bert.bert, None, TASKS[key].kind
-        self.dropout = self.config.hidden_dropout_prob
-        head = Linear(self.config.hidden_size, {"span": 2, "regression": 1}.get(self.kind, len(TASKS[key].labels)))
-        nn.init.normal_(head.weight, std=self.config.initializer_range)
-        if self.kind == "span":
-            self.qa_outputs, self.bert.pooler = head, None
-            return
-        self.classifier = head
-        if self.bert.pooler is None:
-            pooler = Linear(self.config.hidden_size, self.config.hidden_size)
-            nn.init.normal_(pooler.weight, std=self.config.initializer_range)
-            self.bert.pooler = nn.ModuleDict({"dense": pooler})
-
-    def forward(self, input_ids, token_type_ids=None, attention_mask=None):
-        x = super().forward(input_ids, None, token_type_ids, attention_mask).hidden[-1]  # (B,S,D)
-        if self.kind == "span":
-            return self.qa_outputs(x).float()  # (B,S,2)
-        return self.classifier(F.dropout(self.pooled(x), self.dropout, self.training)).float()  # (B,C)
-
-
-def task_loss(kind: str, logits, labels):
-    """Squared error, or cross entropy; for spans its mean over first and last token, among the S positions."""
-    if kind == "regression":
-        return F.mse_loss(logits[:, 0], labels)
-    return F.cross_entropy(logits, labels)  # logits (B,C) or (B,S,2), labels (B,) or (B,2)
-
-
-def save_task_model(net: TaskModel, key: str, tokenizer, folder: Path):
-    """Write a standard BertForSequenceClassification or BertForQuestionAnswering into an existing folder."""
-    span = net.kind == "span"
-    labels = TASKS[key].labels or [f"LABEL_{i}" for i in range(2 if span else 1)]
-    extra = {"id2label": {str(i): name for i, name in enumerate(labels)},
-             "label2id": {name: i for i, name in enumerate(labels)}}
-    if not span:
-        extra["problem_type"] = "single_label_classification" if TASKS[key].labels else "regression"
-    save_config(net.config, folder, "BertForQuestionAnswering" if span else "BertForSequenceClassification")
-    (folder / "config.json").write_text(json.dumps(read_json(folder / "config.json") | extra, indent=2) + "\n")
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
-    (folder / "model.safetensors").write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))
-    save_tokenizer(tokenizer, folder, net.config.max_position_embeddings)
-
-
-# ---- Jobs and results ----------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +80,7 @@ class Job:
         """OUTPUT/MODEL/TASK-seedN. MODEL is the name of the model; that of a path is shortened and gets a hash."""
         name = self.model
         if not re.fullmatch(r"\w[\w.-]{,50}", name):  # a folder name may have 255 bytes, a character up to 4 of them
-            digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
+            digest = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:8]
             name = re.sub(r"[^\w.-]+", "-", name)[-50:].strip(".-") + "-" + digest
         return output / name / f"{self.task}-seed{self.seed}"
 
@@ -145,39 +89,58 @@ class Job:
         path = self.folder(output) / "result.json"
         if not path.exists():
             return False
-        before = read_json(path)
-        for name, value in dataclasses.asdict(self).items():
-            if before.get(name) != value:
-                raise InputError(f"{path} was made with {name} {before.get(name)}, now {value}; use --overwrite or "
-                                 "another --output")
+        before, now = read_json(path), dataclasses.asdict(self)
+        if changed := [f"{name} {before.get(name)}, now {now[name]}" for name in now if before.get(name) != now[name]]:
+            raise InputError(f"{path} was made with {'; '.join(changed)}: use --overwrite or another --output")
         return True
 
 
-def results_table(results: list[dict]) -> str:
-    """A row for every model, a column for every metric of every task: mean and standard deviation over the seeds.
+# ---- The task heads ------------------------------------------------------------------------------------------
 
-    results: those of every task and seed, model by model. The last column is the GLUE average: the mean over the tasks
-    of the mean of each task's metrics.
-    """
-    table = []
-    for model, group in itertools.groupby(results, lambda result: result["model"]):
-        columns, averages = collections.defaultdict(list), collections.defaultdict(list)
-        for result in group:
-            for name, value in result["metrics"].items():
-                columns[f"{TASKS[result['task']].title} {name}"].append(value)
-            if result["task"] in GLUE_AVERAGE:
-                averages[result["seed"]].append(statistics.fmean(result["metrics"].values()))
-        for means in averages.values():
-            columns[f"GLUE average of {len(means)}"].append(statistics.fmean(means))
-        row = [model]
-        for values in columns.values():
-            deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            row.append(f"{statistics.fmean(values):.1f}{deviation}")
-        table.append(row)
-    table.insert(0, ["model", *columns])  # the same for all models
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    table.insert(1, ["-" * width for width in widths])
-    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in table)
+
+class TaskModel(Bert):
+    """An encoder with a new linear head: on the pooled first token (B,C), or for spans on every token (B,S,2)."""
+
+    def __init__(self, bert: Bert, key: str):
+        nn.Module.__init__(self)  # not Bert's, which would build and initialise another encoder
+        self.config, self.bert, self.cls, self.kind = bert.config, bert.bert, None, TASKS[key].kind
+        head = Linear(self.config.hidden_size, {"span": 2, "regression": 1}.get(self.kind, len(TASKS[key].labels)))
+        nn.init.normal_(head.weight, std=self.config.initializer_range)
+        if self.kind == "span":
+            self.qa_outputs, self.bert.pooler = head, None
+            return
+        self.classifier = head
+        if self.bert.pooler is None:
+            pooler = Linear(self.config.hidden_size, self.config.hidden_size)
+            nn.init.normal_(pooler.weight, std=self.config.initializer_range)
+            self.bert.pooler = nn.ModuleDict({"dense": pooler})
+
+    def forward(self, input_ids, token_type_ids=None, attention_mask=None):
+        x = super().forward(input_ids, None, token_type_ids, attention_mask).hidden[-1]  # (B,S,D)
+        if self.kind == "span":
+            return self.qa_outputs(x).float()  # (B,S,2)
+        return self.classifier(F.dropout(self.pooled(x), self.bert.embeddings.dropout, self.training)).float()  # (B,C)
+
+
+def task_loss(kind: str, logits, labels):
+    """Squared error, or cross entropy; for spans its mean over first and last token, among the S positions."""
+    if kind == "regression":
+        return F.mse_loss(logits[:, 0], labels)
+    return F.cross_entropy(logits, labels)  # logits (B,C) or (B,S,2), labels (B,) or (B,2)
+
+
+def save_task_model(net: TaskModel, key: str, tokenizer, folder: Path):
+    """Write a standard BertForSequenceClassification or BertForQuestionAnswering into an existing folder."""
+    save_model(net, folder)
+    save_tokenizer(tokenizer, folder, net.config.max_position_embeddings)
+    labels = TASKS[key].labels or [f"LABEL_{i}" for i in range(2 if net.kind == "span" else 1)]
+    config = read_json(folder / "config.json")
+    config["architectures"] = ["BertForQuestionAnswering" if net.kind == "span" else "BertForSequenceClassification"]
+    config["id2label"] = {str(i): name for i, name in enumerate(labels)}
+    config["label2id"] = {name: i for i, name in enumerate(labels)}
+    if net.kind != "span":
+        config["problem_type"] = "regression" if net.kind == "regression" else "single_label_classification"
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 # ---- Training and evaluation ---------------------------------------------------------------------------------
@@ -225,7 +188,6 @@ def fine_tune(folder: Path, rows: dict[str, list[Row]], job: Job, device) -> tup
     net = TaskModel(load_model(folder), job.task).to(device)
     if job.dropout is not None:
         net.set_dropout(job.dropout, job.dropout)
-        net.dropout = job.dropout
     parameters = list(net.parameters())
     groups = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": job.weight_decay},
               {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0}]
@@ -233,36 +195,30 @@ def fine_tune(folder: Path, rows: dict[str, list[Row]], job: Job, device) -> tup
     steps = job.epochs * -(-len(rows["train"]) // job.batch_size)
     steps = min(steps, job.max_steps or steps)
     step, best, best_score, best_weights = 0, {}, -np.inf, {}
-    with tqdm(total=steps, desc=str(job), disable=None, leave=False) as progress:
-        for epoch in range(1, job.epochs + 1):
-            net.train()
-            total = torch.zeros((), device=device)  # summed there, because reading every loss makes the GPU wait
-            batches = training_batches(rows["train"], job.batch_size, job.seed, epoch)[: steps - step]
-            for batch in batches:
-                ids, types, mask, labels = make_batch(batch, net.config, device)
-                with torch.autocast(device.type, torch.bfloat16, enabled=job.bf16):
-                    logits = net(ids, types, mask)
-                loss = task_loss(net.kind, logits, labels)
-                loss.backward()
-                nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(step, steps, job.learning_rate, job.warmup)
-                optimizer.step()
-                optimizer.zero_grad()
-                total += loss.detach()
-                step += 1
-                progress.update()
-            mean_loss = total.item() / len(batches)
-            if not np.isfinite(mean_loss):
-                raise InputError(f"{job}: the loss is not finite after {step} steps; try a smaller --learning-rate")
-            metrics = evaluate(net, rows, job, device)
-            progress.set_postfix(loss=f"{mean_loss:.3f}", **{name: f"{value:.1f}" for name, value in metrics.items()})
-            score = statistics.fmean(metrics.values())
-            if score > best_score:
-                best, best_score = {"epoch": epoch, "metrics": metrics}, score
-                best_weights = {name: tensor.to("cpu", copy=True) for name, tensor in net.state_dict().items()}
-            if step == steps:
-                break
+    for epoch in range(1, job.epochs + 1):
+        net.train()
+        batches = training_batches(rows["train"], job.batch_size, job.seed, epoch)[: steps - step]
+        for batch in tqdm(batches, desc=f"{job}, epoch {epoch} of {job.epochs}", disable=None, leave=False):
+            ids, types, mask, labels = make_batch(batch, net.config, device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=job.bf16):
+                logits = net(ids, types, mask)
+            loss = task_loss(net.kind, logits, labels)
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, job.learning_rate, job.warmup)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+        if not torch.isfinite(loss):  # read once an epoch, because reading every loss makes the GPU wait
+            raise InputError(f"{job}: the loss is not finite after {step} steps; try a smaller --learning-rate")
+        metrics = evaluate(net, rows, job, device)
+        score = statistics.fmean(metrics.values())
+        if score > best_score:
+            best, best_score = {"epoch": epoch, "metrics": metrics}, score
+            best_weights = {name: tensor.to("cpu", copy=True) for name, tensor in net.state_dict().items()}
+        if step == steps:
+            break
     net.load_state_dict(best_weights)
     return net, best
 
@@ -288,8 +244,7 @@ def write_predictions(folder: Path, net: TaskModel, rows: dict[str, list[Row]], 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The flags. Raises InputError."""
     count, fraction = number(int, 1, 10**9), number(float, 0, 1)
-    parser = Parser(description="Fine-tune BERT checkpoints on GLUE and SQuAD, and print the results as one table.",
-                    epilog="The dev split that is reported also chooses the best epoch.", allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--model", nargs="+", required=True, help="Folders or hub names of the BERT checkpoints.")
     add("--task", nargs="+", required=True, choices=[*TASKS, "all"], metavar="TASK",
@@ -305,19 +260,45 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--warmup", type=fraction, default=0.1, help="Fraction of steps with a rising learning rate. [%(default)s]")
     add("--weight-decay", type=number(float, 0, 1e9), default=0.01, help="Weight decay of the matrices. [%(default)s]")
     add("--dropout", type=number(float, 0, 0.99), help="Dropout probability. Default: that of the checkpoint.")
-    add("--output", type=Path, default=Path("runs/finetune"), help="Folder for the results and the fine-tuned models. "
-        "Results that it already holds are kept. [%(default)s]")
+    add("--output", type=Path, default=Path("runs/finetune"), help="Folder for fine-tuned models and their results. "
+        "Finished ones are kept. [%(default)s]")
     add("--overwrite", action="store_true", help="Compute again what the output folder already holds.")
     add("--device", default="auto", help="cpu, cuda or cuda:N. auto uses a GPU if there is one. [auto]")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on a GPU, else fp32. [auto]")
     return parser.parse_args(argv)
 
 
-def make_jobs(model: str, args: argparse.Namespace, sources: dict[str, Path | None], bf16: bool) -> list[Job]:
-    """The jobs of one model, after a check that it can be used. Raises InputError.
+def results_table(results: list[dict]) -> str:
+    """A row for every model, a column for every metric of every task: mean and standard deviation over the seeds.
 
-    The settings are the flags, or the task's defaults where none is given. sources: task -> folder of its data, None
-    for the hub.
+    results: those of every task and seed, model by model. The last column is the GLUE average: the mean over the tasks
+    of the mean of each task's metrics.
+    """
+    table = []
+    for model, group in itertools.groupby(results, lambda result: result["model"]):
+        columns, averages = {}, {}  # column -> values of all seeds; seed -> values of all GLUE tasks
+        for result in group:
+            for name, value in result["metrics"].items():
+                columns.setdefault(f"{TASKS[result['task']].title} {name}", []).append(value)
+            if result["task"] in GLUE_AVERAGE:
+                averages.setdefault(result["seed"], []).append(statistics.fmean(result["metrics"].values()))
+        for means in averages.values():
+            columns.setdefault(f"GLUE average of {len(means)}", []).append(statistics.fmean(means))
+        row = [model]
+        for values in columns.values():
+            deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            row.append(f"{statistics.fmean(values):.1f}{deviation}")
+        table.append(row)
+    table.insert(0, ["model", *columns])  # the same for all models
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    table.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in table)
+
+
+def make_jobs(model: str, args: argparse.Namespace, sources: dict[str, Path | None], bf16: bool) -> list[Job]:
+    """The jobs of one model, which is opened to see that it can be used. Raises InputError.
+
+    sources: task -> folder of its data, None for the hub.
     """
     folder = find_model(model)
     bert = load_model(folder)
@@ -340,7 +321,6 @@ def make_jobs(model: str, args: argparse.Namespace, sources: dict[str, Path | No
 
 def run_jobs(jobs: list[Job], splits: dict[str, dict], output: Path, device):
     """Fine-tune and evaluate, and store each result at once. splits: task -> its data, from `read_task`."""
-    done = 0
     for (model, key, length), group in itertools.groupby(jobs, lambda job: (job.model, job.task, job.max_length)):
         folder, rows = find_model(model), {}
         tokenizer = load_tokenizer(folder, load_config(folder).vocab_size)
@@ -361,9 +341,8 @@ def run_jobs(jobs: list[Job], splits: dict[str, dict], output: Path, device):
             (work / "result.json").write_text(json.dumps(dataclasses.asdict(job) | best, indent=1) + "\n")
             shutil.rmtree(target, ignore_errors=True)
             atomic_rename(work, target)
-            done += 1
             metrics = ", ".join(f"{name} {value:.1f}" for name, value in best["metrics"].items())
-            print(f"  {metrics} (best epoch {best['epoch']}; {done} of {len(jobs)} done)", flush=True)
+            print(f"  {metrics} (best epoch {best['epoch']}; {jobs.index(job) + 1} of {len(jobs)} done)", flush=True)
 
 
 def evaluate_models(args: argparse.Namespace):

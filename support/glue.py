@@ -22,9 +22,9 @@ class Task:
     kind: str  # "classification", "regression" (one number) or "span" (first and last token of an answer)
     metrics: tuple[str, ...]
     columns: tuple[str, ...] = ()  # the one or two columns of text in the TSV file
-    label_column: str = ""
     labels: tuple[str, ...] = ()  # class names; a class is its index here, as in nyu-mll/glue
     tsv_labels: tuple[str, ...] = ()  # the same classes as the TSV file writes them
+    label_column: str = "label"  # in the TSV file
     suffixes: tuple[str, ...] = ("",)  # of "dev" and "test": MNLI has two of each, reported separately
     file: str = "{}.tsv"  # a glob pattern, with {} for the split
 
@@ -32,19 +32,18 @@ class Task:
 ACCURACY, BINARY, PAIR = ("accuracy",), ("0", "1"), ("sentence1", "sentence2")
 ENTAILMENT, NLI = ("entailment", "not_entailment"), ("entailment", "neutral", "contradiction")
 TASKS = {
-    "cola": Task("CoLA", "classification", ("matthews",), ("sentence",), "label",
-                 ("unacceptable", "acceptable"), BINARY),
-    "sst2": Task("SST-2", "classification", ACCURACY, ("sentence",), "label", ("negative", "positive"), BINARY),
-    "mrpc": Task("MRPC", "classification", ("f1", "accuracy"), ("#1 String", "#2 String"), "Quality",
-                 ("not_equivalent", "equivalent"), BINARY),
-    "stsb": Task("STS-B", "regression", ("pearson", "spearman"), PAIR, "score"),
-    "qqp": Task("QQP", "classification", ("f1", "accuracy"), ("question1", "question2"), "is_duplicate",
-                ("not_duplicate", "duplicate"), BINARY),
-    "mnli": Task("MNLI", "classification", ACCURACY, PAIR, "gold_label", NLI, NLI, ("_matched", "_mismatched")),
-    "qnli": Task("QNLI", "classification", ACCURACY, ("question", "sentence"), "label", ENTAILMENT, ENTAILMENT),
-    "rte": Task("RTE", "classification", ACCURACY, PAIR, "label", ENTAILMENT, ENTAILMENT),
-    "wnli": Task("WNLI", "classification", ACCURACY, PAIR, "label", ("not_entailment", "entailment"), BINARY),
-    "squad": Task("SQuAD-v1.1", "span", ("exact_match", "f1"), file="{}-v1.1.json*"),
+    "cola": Task("CoLA", "classification", ("matthews",), ("sentence",), ("unacceptable", "acceptable"), BINARY),
+    "sst2": Task("SST-2", "classification", ACCURACY, ("sentence",), ("negative", "positive"), BINARY),
+    "mrpc": Task("MRPC", "classification", ("f1", "accuracy"), ("#1 String", "#2 String"),
+                 ("not_equivalent", "equivalent"), BINARY, "Quality"),
+    "stsb": Task("STS-B", "regression", ("pearson", "spearman"), PAIR, label_column="score"),
+    "qqp": Task("QQP", "classification", ("f1", "accuracy"), ("question1", "question2"),
+                ("not_duplicate", "duplicate"), BINARY, "is_duplicate"),
+    "mnli": Task("MNLI", "classification", ACCURACY, PAIR, NLI, NLI, "gold_label", ("_matched", "_mismatched")),
+    "qnli": Task("QNLI", "classification", ACCURACY, ("question", "sentence"), ENTAILMENT, ENTAILMENT),
+    "rte": Task("RTE", "classification", ACCURACY, PAIR, ENTAILMENT, ENTAILMENT),
+    "wnli": Task("WNLI", "classification", ACCURACY, PAIR, ("not_entailment", "entailment"), BINARY),
+    "squad": Task("SQuAD-v1.1", "span", ("exact_match", "f1"), file="{}-v1.1.json*"),  # perhaps .json.gz
     "squad_v2": Task("SQuAD-v2.0", "span", ("exact_match", "f1"), file="{}-v2.0.json*"),
 }
 GLUE_AVERAGE = [key for key, task in TASKS.items() if task.kind != "span" and key != "wnli"]  # as in the BERT papers
@@ -87,15 +86,15 @@ def find_data(root: str | None, keys: list[str], skip_missing: bool) -> dict[str
         return dict.fromkeys(keys)
     found = {}
     for key in keys:
-        title = TASKS[key].title
+        title, file = TASKS[key].title, TASKS[key].file.format("train")
         names = [title, f"glue/{title}", "squad", "SQuAD", *([""] if len(keys) == 1 else [])]
         folder = next((Path(root, name) for name in names if find_split(Path(root, name), key, "train")), None)
         if folder:
             found[key] = folder
         elif skip_missing:
-            print(f"Skipping {key}: {root} holds no {title}/{TASKS[key].file.format('train')}.")
+            print(f"Skipping {key}: {root} holds no {title}/{file}.")
         else:
-            raise InputError(f"--data {root} holds no {title}/{TASKS[key].file.format('train')}")
+            raise InputError(f"--data {root} holds no {title}/{file}")
     if not found:
         raise InputError(f"--data {root} holds none of the tasks")
     return found
@@ -185,8 +184,7 @@ def read_hub(key: str) -> dict[str, list[Example]]:
     for split in split_names(key):
         paths = [Path(folder, file) for file in files if split_of(file) == split]
         try:
-            rows = pyarrow.parquet.read_table(paths).to_pylist()
-            splits[split] = [example_of(row, squad) for row in rows]
+            splits[split] = [example_of(row, squad) for row in pyarrow.parquet.read_table(paths).to_pylist()]
         except (pyarrow.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{paths[0]} is not {split} of {TASKS[key].title}: {one_line(error)}") from None
     return splits

@@ -2,9 +2,6 @@
 
 A context that is too long for the model becomes several overlapping windows, each with the question in front. The model
 scores every token of a window as the first and as the last token of the answer.
-
-    windows = make_windows(questions, tokenizer, max_length=384, training=False)
-    answers = best_answers(windows, scores, can_be_empty=False)  # scores: (S,2) a window
 """
 
 import gzip
@@ -27,25 +24,20 @@ MAX_ANSWER_TOKENS = 30
 
 def read_squad(path: Path, key: str) -> list[Example]:
     """Read a SQuAD file, JSON or gzipped JSON. Raises InputError that names the question if possible."""
+    questions, where = [], ""
     try:
         raw = path.read_bytes()
         root = json.loads(gzip.decompress(raw) if path.name.endswith(".gz") else raw)
-    except (OSError, EOFError, ValueError, RecursionError, gzip.zlib.error) as error:
-        raise InputError(f"{path} is damaged or not JSON: {one_line(error)}; download it again") from None
-    questions, where = [], "top level"
-    try:
-        paragraphs = [paragraph for article in root["data"] for paragraph in article["paragraphs"]]
-        for number, paragraph in enumerate(paragraphs, 1):
-            where, context = f"paragraph {number}", paragraph["context"]
+        for paragraph in itertools.chain.from_iterable(article["paragraphs"] for article in root["data"]):
             for entry in paragraph["qas"]:
-                where = f"question {entry['id']}"
+                where = f", question {entry['id']}"
                 answers = [(answer["text"], int(answer["answer_start"])) for answer in entry["answers"]]
-                "".join([entry["id"], entry["question"], context, *dict(answers)])  # a TypeError unless all are text
+                "".join([entry["question"], paragraph["context"], *dict(answers)])  # a TypeError unless all are text
                 if not answers and key == "squad":
-                    raise InputError(f"{path}, {where}: no answer; use --task squad_v2 for such questions")
-                questions.append(Example((entry["question"], context), answers, entry["id"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}, {where}: not in SQuAD's format ({one_line(error)})") from None
+                    raise InputError(f"{path}{where}: no answer; use --task squad_v2 for such questions")
+                questions.append(Example((entry["question"], paragraph["context"]), answers, entry["id"]))
+    except (OSError, EOFError, KeyError, TypeError, ValueError, RecursionError, gzip.zlib.error) as error:
+        raise InputError(f"{path}{where}: damaged, or not in SQuAD's format ({one_line(error)})") from None
     if not questions:
         raise InputError(f"{path} holds no questions; download it again")
     return questions
@@ -67,10 +59,14 @@ def make_windows(questions: list[Example], tokenizer, max_length: int, training:
         context, offsets = encoded[question.texts[1]]
         ids = text.ids[: min(MAX_QUESTION_TOKENS, (max_length - 3) // 2)]
         room, first_length = max_length - 3 - len(ids), len(ids) + 2
-        first, last = answer_tokens(question, offsets) if training and question.label else (-1, -1)
-        if first is None:
-            misplaced += 1
-            continue
+        first, last = -1, -1  # tokens of the context that overlap the answer
+        if training and question.label:
+            answer, begin = question.label[0]
+            found = np.flatnonzero((offsets[:, 1] > begin) & (offsets[:, 0] < begin + len(answer)))
+            if not len(found) or question.texts[1][begin : begin + len(answer)] != answer:
+                misplaced += 1
+                continue
+            first, last = found[[0, -1]].tolist()
         for start in itertools.count(0, min(STRIDE, room)):
             shift, end = first_length - start, start + room
             label = (first + shift, last + shift) if start <= first and last < end else (0, 0)
@@ -81,14 +77,6 @@ def make_windows(questions: list[Example], tokenizer, max_length: int, training:
     if misplaced:
         print(f"{misplaced} questions are not used for training: their answer is not at answer_start.")
     return windows
-
-
-def answer_tokens(question: Example, offsets: np.ndarray):
-    """First and last token of the context that overlap the first answer; None, None if the answer is misplaced."""
-    text, start = question.label[0]
-    found = np.flatnonzero((offsets[:, 1] > start) & (offsets[:, 0] < start + len(text)))
-    misplaced = not len(found) or question.texts[1][start : start + len(text)] != text
-    return (None, None) if misplaced else found[[0, -1]].tolist()
 
 
 def best_span(window: Row, scores: np.ndarray) -> tuple[float, str]:

@@ -198,11 +198,13 @@ def test_logits_and_loss_of_a_saved_model_equal_transformers(key, checkpoint, to
 
 def test_dropout_of_the_head_is_active_only_in_training(checkpoint):
     net = TaskModel(load_model(checkpoint), "rte")
-    net.set_dropout(0, 0)
     ids = torch.tensor([[2, 7, 8, 3]])
     for dropout, same in ((0.0, True), (0.5, False)):
-        net.dropout = dropout
-        net.train()
+        net.set_dropout(0, 0)
+        net.bert.embeddings.dropout = dropout
+        for layer in (net.bert.embeddings, net.bert.encoder):
+            layer.eval()
+        net.training = True  # of all dropout, only that of the head is active
         assert torch.equal(net(ids), net(ids)) is same
         net.eval()
         assert torch.equal(net(ids), net(ids))
@@ -318,7 +320,7 @@ def test_training_is_repeatable_and_every_setting_matters(checkpoint, rte, token
 def test_dropout_is_that_of_the_checkpoint_by_default(checkpoint, rte, tokenizer):
     for given, expected in ((None, 0.1), (0.3, 0.3)):
         net, _ = train(checkpoint, rte, tokenizer, max_steps=1, dropout=given)
-        assert {net.dropout, net.bert.embeddings.dropout, net.bert.layers[1].attention_dropout} == {expected}
+        assert {net.bert.embeddings.dropout, net.bert.layers[1].attention_dropout} == {expected}
         assert net.config.hidden_dropout_prob == 0.1  # the saved config keeps its own
 
 

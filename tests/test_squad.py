@@ -37,8 +37,8 @@ def one_question_file(**changes) -> str:
 
 
 @pytest.mark.parametrize("content, words", [
-    ('{"data": [', ["damaged or not JSON"]),
-    ("", ["damaged or not JSON"]),
+    ('{"data": [', ["damaged"]),
+    ("", ["damaged"]),
     ("[]", ["not in SQuAD's format"]),
     ('{"data": []}', ["no questions"]),
     ('{"data": [{"title": "t"}]}', ["not in SQuAD's format"]),
