@@ -44,12 +44,10 @@ from support.squad import best_answers, make_windows
 DEFAULTS = {"learning_rate": 5e-5, "epochs": 3, "batch_size": 32, "max_length": 128}
 TASK_DEFAULTS = {  # where they differ; small data sets need more epochs
     "cola": {"epochs": 6},
-    "mrpc": {"epochs": 5},
-    "stsb": {"epochs": 5},
+    **dict.fromkeys(("mrpc", "stsb"), {"epochs": 5}),
     "rte": {"epochs": 6, "batch_size": 16, "max_length": 256},
     "wnli": {"learning_rate": 1e-5},  # its dev split contradicts the training split, so less training is better
-    "squad": {"epochs": 2, "batch_size": 16, "max_length": 384},
-    "squad_v2": {"epochs": 2, "batch_size": 16, "max_length": 384},
+    **dict.fromkeys(("squad", "squad_v2"), {"epochs": 2, "batch_size": 16, "max_length": 384}),
 }
 MAX_GRADIENT_NORM = 1.0
 
@@ -251,7 +249,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help=f"One or more of {', '.join(TASKS)}, or all.")
     add("--data", help="Folder with the task's files (train.tsv and dev.tsv, or train-v1.1.json and dev-v1.1.json), or "
         "with a folder for every task (CoLA, SST-2, ..., squad). Default: download from the hub.")
-    add("--max-length", type=number(int, 16, 10**6), help="Maximum tokens per row. Default: depends on the task.")
+    add("--max-length", type=number(int, 16, 10**6), help="Maximum tokens per row, at most the model's positions. "
+        "Default: depends on the task.")
     add("--seeds", nargs="+", type=number(int, 0, 2**32 - 1), default=[0], help="Random seeds, one result each. [0]")
     add("--epochs", type=count, help="Passes over the training split. Default: depends on the task.")
     add("--max-steps", type=count, help="Maximum optimizer steps. Default: no maximum.")
@@ -296,10 +295,7 @@ def results_table(results: list[dict]) -> str:
 
 
 def make_jobs(model: str, args: argparse.Namespace, sources: dict[str, Path | None], bf16: bool) -> list[Job]:
-    """The jobs of one model, which is opened to see that it can be used. Raises InputError.
-
-    sources: task -> folder of its data, None for the hub.
-    """
+    """The jobs of one model, which is opened to check it. sources: from `find_data`. Raises InputError."""
     folder = find_model(model)
     bert = load_model(folder)
     load_tokenizer(folder, bert.config.vocab_size)
@@ -311,9 +307,7 @@ def make_jobs(model: str, args: argparse.Namespace, sources: dict[str, Path | No
     jobs = []
     for key, source in sources.items():
         settings = DEFAULTS | TASK_DEFAULTS.get(key, {}) | given
-        if settings["max_length"] > positions:
-            print(f"{model} has {positions} positions. The rows of {key} are truncated to this length.")
-            settings["max_length"] = positions
+        settings["max_length"] = min(settings["max_length"], positions)
         data = "hub" if source is None else str(source.resolve())
         jobs += [Job(model, key, seed, data, weights, bf16, **settings) for seed in dict.fromkeys(args.seeds)]
     return jobs

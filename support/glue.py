@@ -167,8 +167,7 @@ def read_hub(key: str) -> dict[str, list[Example]]:
     import pyarrow
     import pyarrow.parquet
 
-    squad = TASKS[key].kind == "span"
-    repository, parent = (f"rajpurkar/{key}", "") if squad else ("nyu-mll/glue", f"{key}/")
+    repository, parent = (f"rajpurkar/{key}", "") if TASKS[key].kind == "span" else ("nyu-mll/glue", f"{key}/")
 
     def split_of(file: str) -> str:
         return Path(file).name.split("-")[0].replace("validation", "dev")
@@ -184,15 +183,15 @@ def read_hub(key: str) -> dict[str, list[Example]]:
     for split in split_names(key):
         paths = [Path(folder, file) for file in files if split_of(file) == split]
         try:
-            splits[split] = [example_of(row, squad) for row in pyarrow.parquet.read_table(paths).to_pylist()]
+            splits[split] = [example_of(row, key) for row in pyarrow.parquet.read_table(paths).to_pylist()]
         except (pyarrow.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{paths[0]} is not {split} of {TASKS[key].title}: {one_line(error)}") from None
     return splits
 
 
-def example_of(row: dict, squad: bool) -> Example:
+def example_of(row: dict, key: str) -> Example:
     """The Example in a row of a parquet file. Raises KeyError, TypeError or ValueError."""
-    if squad:
+    if TASKS[key].kind == "span":
         answers = zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True)
         return Example((row["question"], row["context"]), list(answers), row["id"])
     label, name = row.pop("label"), str(row.pop("idx"))
