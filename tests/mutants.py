@@ -159,7 +159,7 @@ MUTANTS = [
     ("support/batches.py", "mask & (columns >=", "mask & (columns >", "finetune", "batches"),
     ("support/squad.py", "null[key] > score", "null[key] < score", "squad", "best_valid or lowest_null"),
     ("support/squad.py", "MAX_ANSWER_TOKENS - 1)", "MAX_ANSWER_TOKENS)", "squad", "best_valid"),
-    ("finetune.py", "if before.get(name) != value:", "if False:", "finetune", "finished_results"),
+    ("finetune.py", "if before.get(name) != now[name]]:", "if False]:", "finetune", "finished_results"),
 ]
 
 
