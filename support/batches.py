@@ -43,7 +43,7 @@ def training_batches(rows: list[Row], batch_size: int, seed: int, epoch: int) ->
     """Every row once, in batches of similar length, which need little padding; reproducible from (seed, epoch)."""
     generator = np.random.default_rng([seed, epoch])
     lengths = np.array([len(row.ids) for row in rows])
-    order = np.argsort(lengths * generator.uniform(0.9, 1.1, len(rows)))  # so that the epochs have different batches
+    order = np.argsort(lengths * generator.uniform(0.97, 1.03, len(rows)))  # so that the epochs have different batches
     batches = [[rows[i] for i in order[start : start + batch_size]] for start in range(0, len(rows), batch_size)]
     return [batches[i] for i in generator.permutation(len(batches))]
 
