@@ -1,8 +1,8 @@
 """Fine-tune BERT checkpoints on GLUE and SQuAD, to measure what a task-agnostic student is worth.
 
 Every model is fine-tuned on every task with every seed. The epoch with the best score on the dev split is kept, and the
-results are printed as one table. The encoder is that of model.py. Here are the task heads, the training loop and
-prediction; support/ holds the data (glue.py, squad.py), batches (examples.py), metrics.py and results.py.
+results are printed as one table. The encoder is that of model.py. support/ holds the data (glue.py, squad.py),
+batches.py and metrics.py.
 
     python finetune.py --model runs/demo/student --task sst2 --data glue_data/SST-2
     python finetune.py --model runs/demo/student bert-base-uncased --task all --seeds 0 1 2
@@ -13,64 +13,85 @@ Metrics are in percent. Shape letters as in model.py, and C: outputs of a head, 
 import argparse
 import dataclasses
 import datetime
+import hashlib
 import itertools
 import json
+import re
+import shutil
 import statistics
 import sys
-import time
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import safetensors.torch
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
 
 from distill import ADAM_BETAS, ADAM_EPS, learning_rate
 from model import Bert, Linear
-from support import distributed, results
-from support.checkpoint import load_model, load_tokenizer, save_config, save_tokenizer
-from support.distributed import RANK, WORLD, all_gather_objects, find_device, init_distributed, tune_malloc
+from support import distributed
+from support.batches import Row, make_batch, training_batches
+from support.checkpoint import load_config, load_model, load_tokenizer, save_model, save_tokenizer
+from support.distributed import RANK, WORLD
 from support.errors import InputError, run_program
-from support.examples import Examples, encode_questions, encode_table, make_batch, training_batches
-from support.files import model_fingerprint, read_json
+from support.files import atomic_rename, model_fingerprint, read_json
 from support.flags import Parser, number
-from support.glue import TASKS, find_data, read_task
+from support.glue import GLUE_AVERAGE, TASKS, encode, find_data, read_task
 from support.hub import find_model
 from support.metrics import METRICS, squad_scores
-from support.results import Job
-from support.squad import best_answers
+from support.squad import best_answers, make_windows
 
-TASK_DEFAULTS = {  # peak learning rate, epochs, batch size, maximum length in tokens; small data sets need more epochs
-    **dict.fromkeys(("sst2", "qqp", "mnli", "qnli"), (5e-5, 3, 32, 128)),
-    **dict.fromkeys(("mrpc", "stsb"), (5e-5, 5, 32, 128)),
-    "cola": (5e-5, 6, 32, 128),
-    "rte": (5e-5, 6, 16, 256),
-    "wnli": (1e-5, 3, 32, 128),  # its dev split contradicts the training split, so less training is better
-    **dict.fromkeys(("squad", "squad_v2"), (5e-5, 2, 16, 384)),
+DEFAULTS = {"learning_rate": 5e-5, "epochs": 3, "batch_size": 32, "max_length": 128}
+TASK_DEFAULTS = {  # where they differ; small data sets need more epochs
+    "cola": {"epochs": 6},
+    **dict.fromkeys(("mrpc", "stsb"), {"epochs": 5}),
+    "rte": {"epochs": 6, "batch_size": 16, "max_length": 256},
+    "wnli": {"learning_rate": 1e-5},  # its dev split contradicts the training split, so less training is better
+    **dict.fromkeys(("squad", "squad_v2"), {"epochs": 2, "batch_size": 16, "max_length": 384}),
 }
 MAX_GRADIENT_NORM = 1.0
 
 
-@dataclasses.dataclass
-class Settings:
-    """Everything that a result depends on besides model, task and seed. Stored with every result."""
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One fine-tuning run: everything that its result depends on."""
 
+    model: str  # as given: a folder or a hub name
+    task: str
+    seed: int
     data: str  # folder, or "hub"
-    weights: str  # fingerprint of the checkpoint
+    weights: str  # fingerprint of the model
+    bf16: bool
     learning_rate: float  # peak
-    batch_size: int
     epochs: int
-    max_steps: int | None
+    batch_size: int
     max_length: int  # tokens
     warmup: float  # fraction of the steps
     weight_decay: float
-    dropout: float | None  # None: that of the checkpoint
-    bf16: bool
-    span: dict | None  # SQuAD: stride, n_best, max_answer_length, null_threshold
+    max_steps: int | None = None
+    dropout: float | None = None  # None: that of the checkpoint
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.task} seed {self.seed}"
+
+    def folder(self, output: Path) -> Path:
+        """OUTPUT/MODEL/TASK-seedN. MODEL is the name of the model; that of a path is shortened and gets a hash."""
+        name = self.model
+        if not re.fullmatch(r"\w[\w.-]{,50}", name):  # a folder name may have 255 bytes, a character up to 4 of them
+            digest = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:8]
+            name = re.sub(r"[^\w.-]+", "-", name)[-50:].strip(".-") + "-" + digest
+        return output / name / f"{self.task}-seed{self.seed}"
+
+    def is_finished(self, output: Path) -> bool:
+        """Whether result.json exists. Raises InputError if it was made with other settings."""
+        path = self.folder(output) / "result.json"
+        if not path.exists():
+            return False
+        before, now = read_json(path), dataclasses.asdict(self)
+        if changed := [f"{name} {before.get(name)}, now {now[name]}" for name in now if before.get(name) != now[name]]:
+            raise InputError(f"{path} was made with {'; '.join(changed)}: use --overwrite or another --output")
+        return True
 
 
 # ---- The task heads ------------------------------------------------------------------------------------------
@@ -82,7 +103,6 @@ class TaskModel(Bert):
     def __init__(self, bert: Bert, key: str):
         nn.Module.__init__(self)  # not Bert's, which would build and initialise another encoder
         self.config, self.bert, self.cls, self.kind = bert.config, bert.bert, None, TASKS[key].kind
-        self.dropout = self.config.hidden_dropout_prob
         head = Linear(self.config.hidden_size, {"span": 2, "regression": 1}.get(self.kind, len(TASKS[key].labels)))
         nn.init.normal_(head.weight, std=self.config.initializer_range)
         if self.kind == "span":
@@ -95,157 +115,126 @@ class TaskModel(Bert):
             self.bert.pooler = nn.ModuleDict({"dense": pooler})
 
     def forward(self, input_ids, token_type_ids=None, attention_mask=None):
-        output = super().forward(input_ids, token_type_ids=token_type_ids, attention_mask=attention_mask)
-        x = output.hidden[-1]  # (B,S,D)
+        x = super().forward(input_ids, None, token_type_ids, attention_mask).hidden[-1]  # (B,S,D)
         if self.kind == "span":
             return self.qa_outputs(x).float()  # (B,S,2)
-        return self.classifier(F.dropout(self.pooled(x), self.dropout, self.training)).float()  # (B,C)
+        return self.classifier(F.dropout(self.pooled(x), self.bert.embeddings.dropout, self.training)).float()  # (B,C)
 
 
 def task_loss(kind: str, logits, labels):
-    """Cross entropy, squared error, or for spans the mean cross entropy of first and last token over the positions."""
-    if kind == "span":
-        return F.cross_entropy(logits.transpose(1, 2).flatten(0, 1), labels.flatten())  # (B*2,S), (B*2)
+    """Squared error, or cross entropy; for spans its mean over first and last token, among the S positions."""
     if kind == "regression":
         return F.mse_loss(logits[:, 0], labels)
-    return F.cross_entropy(logits, labels)
+    return F.cross_entropy(logits, labels)  # logits (B,C) or (B,S,2), labels (B,) or (B,2)
 
 
 def save_task_model(net: TaskModel, key: str, tokenizer, folder: Path):
     """Write a standard BertForSequenceClassification or BertForQuestionAnswering into an existing folder."""
-    span, regression = net.kind == "span", net.kind == "regression"
-    labels = TASKS[key].labels or [f"LABEL_{i}" for i in range(2 if span else 1)]
-    extra = {"id2label": {str(i): name for i, name in enumerate(labels)},
-             "label2id": {name: i for i, name in enumerate(labels)}}
-    if not span:
-        extra["problem_type"] = "regression" if regression else "single_label_classification"
-    save_config(net.config, folder, "BertForQuestionAnswering" if span else "BertForSequenceClassification")
-    (folder / "config.json").write_text(json.dumps(read_json(folder / "config.json") | extra, indent=2) + "\n")
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
-    (folder / "model.safetensors").write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    save_model(net, folder)
     save_tokenizer(tokenizer, folder, net.config.max_position_embeddings)
+    labels = TASKS[key].labels or [f"LABEL_{i}" for i in range(2 if net.kind == "span" else 1)]
+    config = read_json(folder / "config.json")
+    config["architectures"] = ["BertForQuestionAnswering" if net.kind == "span" else "BertForSequenceClassification"]
+    config["id2label"] = {str(i): name for i, name in enumerate(labels)}
+    config["label2id"] = {name: i for i, name in enumerate(labels)}
+    if net.kind != "span":
+        config["problem_type"] = "regression" if net.kind == "regression" else "single_label_classification"
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 # ---- Training and evaluation ---------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class TrainResult:
-    net: TaskModel  # as it was after the best epoch
-    metrics: dict[str, float]  # on the dev split, in percent
-    answers: dict[str, str] | None  # SQuAD: question id -> answer
-    epoch: int  # the best one
-    epochs: int  # in all
-    steps: int  # in all
-
-    @property
-    def score(self) -> float:
-        return statistics.fmean(self.metrics.values())
-
-
 @torch.no_grad()
-def predict(net: TaskModel, examples: Examples, settings: Settings, device) -> list[np.ndarray]:
-    """Logits of every row in order: (C,), or (S,2) for spans."""
+def predict(net: TaskModel, rows: list[Row], job: Job, device):
+    """Classes (N,) or scores (N,) of the rows; of SQuAD the answers, question id -> text."""
     net.eval()
-    order = np.argsort([-len(ids) for ids in examples.ids], kind="stable")
-    logits: list = [None] * len(order)
-    batch_size = 2 * settings.batch_size
-    for start in tqdm(range(0, len(order), batch_size), desc="evaluate", disable=None, leave=False):
-        indices = order[start : start + batch_size]
-        ids, types, mask, _ = make_batch(examples, indices, net.config, device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
-            batch = net(ids, types, mask).cpu().numpy()
-        for i, values in zip(indices, batch, strict=True):
-            logits[i] = values[: len(examples.ids[i])] if net.kind == "span" else values
-    return logits
+    order = np.argsort([-len(row.ids) for row in rows])
+    logits = []  # of every row: (C,), or (S,2) with padding
+    for start in tqdm(range(0, len(rows), 2 * job.batch_size), desc="evaluate", disable=None, leave=False):
+        batch = [rows[i] for i in order[start : start + 2 * job.batch_size]]
+        ids, types, mask, _ = make_batch(batch, net.config, device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=job.bf16):
+            logits.extend(net(ids, types, mask).cpu().numpy())
+    logits = [logits[i] for i in np.argsort(order)]  # in the order of the rows
+    if net.kind == "span":
+        return best_answers(rows, logits, can_be_empty=job.task == "squad_v2")
+    return np.stack(logits)[:, 0] if net.kind == "regression" else np.stack(logits).argmax(1)
 
 
-def evaluate(net: TaskModel, key: str, examples: dict[str, Examples], settings: Settings, device):
-    """Metrics on the dev split in percent, and the answers of SQuAD (otherwise None)."""
-    task, metrics = TASKS[key], {}
+def evaluate(net: TaskModel, rows: dict[str, list[Row]], job: Job, device) -> dict[str, float]:
+    """Metrics on the dev split in percent."""
+    task, metrics = TASKS[job.task], {}
     for suffix in task.suffixes:
-        dev = examples[f"dev{suffix}"]
-        logits = predict(net, dev, settings, device)
+        dev = rows[f"dev{suffix}"]
+        predicted = predict(net, dev, job, device)
         if task.kind == "span":
-            limits = {name: value for name, value in settings.span.items() if name != "stride"}
-            answers = best_answers(dev.windows, logits, dev.source, **limits)
-            scores = [squad_scores(answers[question.id], [text for text, _ in question.answers])
-                      for question in dev.source]
-            return dict(zip(task.metrics, 100 * np.mean(scores, axis=0), strict=True)), answers
-        values = np.stack(logits)  # (N,C)
-        predicted = values[:, 0] if task.kind == "regression" else values.argmax(1)
-        metrics |= {f"{name}{suffix}": 100 * METRICS[name](predicted, dev.labels) for name in task.metrics}
-    return metrics, None
+            references = {row.example.name: [text for text, _ in row.example.label] for row in dev}
+            scores = [squad_scores(predicted[name], references[name]) for name in references]
+            return dict(zip(task.metrics, 100 * np.mean(scores, axis=0), strict=True))
+        labels = np.array([row.label for row in dev])  # (N,)
+        metrics |= {f"{name}{suffix}": 100 * METRICS[name](predicted, labels) for name in task.metrics}
+    return metrics
 
 
-def fine_tune(folder: Path, key: str, examples: dict[str, Examples], settings: Settings, seed: int, device,
-              title: str = "train") -> TrainResult:
-    """Train the checkpoint in `folder` on one task, and return it as it was after its best epoch on the dev split.
+def fine_tune(folder: Path, rows: dict[str, list[Row]], job: Job, device) -> tuple[TaskModel, dict]:
+    """Train the checkpoint in `folder` with AdamW, linear warmup and decay.
 
-    AdamW with linear warmup and decay. Raises InputError if the loss is not finite.
+    Returns it as it was after its best epoch on the dev split, with that `epoch` and its `metrics`. Raises InputError
+    if the loss is not finite.
     """
-    torch.manual_seed(seed)
-    net = TaskModel(load_model(folder), key).to(device)
-    if settings.dropout is not None:
-        net.set_dropout(settings.dropout)
-        net.dropout = settings.dropout
+    torch.manual_seed(job.seed)
+    net = TaskModel(load_model(folder), job.task).to(device)
+    if job.dropout is not None:
+        net.set_dropout(job.dropout)
     parameters = list(net.parameters())
-    groups = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": settings.weight_decay},
+    groups = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": job.weight_decay},
               {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=ADAM_BETAS, eps=ADAM_EPS, fused=True)
-    train = examples["train"]
-    lengths = np.array([len(ids) for ids in train.ids])
-    steps = settings.epochs * -(-len(lengths) // settings.batch_size)
-    steps = min(steps, settings.max_steps or steps)
-    step, best, best_weights = 0, None, None
-    with tqdm(total=steps, desc=title, disable=None, leave=False) as progress:
-        for epoch in range(1, settings.epochs + 1):
-            net.train()
-            total = torch.zeros((), device=device)  # summed there, because reading every loss makes the GPU wait
-            batches = training_batches(lengths, settings.batch_size, seed, epoch)[: steps - step]
-            for indices in batches:
-                ids, types, mask, labels = make_batch(train, indices, net.config, device)
-                with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
-                    logits = net(ids, types, mask)
-                loss = task_loss(net.kind, logits, labels)
-                loss.backward()
-                nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(step, steps, settings.learning_rate, settings.warmup)
-                optimizer.step()
-                optimizer.zero_grad()
-                total += loss.detach()
-                step += 1
-                progress.update()
-            mean_loss = total.item() / len(batches)
-            if not np.isfinite(mean_loss):
-                raise InputError(f"{title}: the loss is not finite after {step} steps; try a smaller --learning-rate")
-            metrics, answers = evaluate(net, key, examples, settings, device)
-            progress.set_postfix(loss=f"{mean_loss:.3f}", **{name: f"{value:.1f}" for name, value in metrics.items()})
-            result = TrainResult(net, metrics, answers, epoch, epoch, step)
-            if best is None or result.score > best.score:
-                best, best_weights = result, {k: v.to("cpu", copy=True) for k, v in net.state_dict().items()}
-            best.epochs, best.steps = epoch, step
-            if step == steps:
-                break
+    steps = job.epochs * -(-len(rows["train"]) // job.batch_size)
+    steps = min(steps, job.max_steps or steps)
+    step, best, best_score, best_weights = 0, {}, -np.inf, {}
+    for epoch in range(1, job.epochs + 1):
+        net.train()
+        batches = training_batches(rows["train"], job.batch_size, job.seed, epoch)[: steps - step]
+        for batch in tqdm(batches, desc=f"{job}, epoch {epoch} of {job.epochs}", disable=None, leave=False):
+            ids, types, mask, labels = make_batch(batch, net.config, device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=job.bf16):
+                logits = net(ids, types, mask)
+            loss = task_loss(net.kind, logits, labels)
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, job.learning_rate, job.warmup)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+        if not torch.isfinite(loss):  # read once an epoch, because reading every loss makes the GPU wait
+            raise InputError(f"{job}: the loss is not finite after {step} steps; try a smaller --learning-rate")
+        metrics = evaluate(net, rows, job, device)
+        score = statistics.fmean(metrics.values())
+        if score > best_score:
+            best, best_score = {"epoch": epoch, "metrics": metrics}, score
+            best_weights = {name: tensor.to("cpu", copy=True) for name, tensor in net.state_dict().items()}
+        if step == steps:
+            break
     net.load_state_dict(best_weights)
-    return best
+    return net, best
 
 
-def prediction_files(result: TrainResult, key: str, examples: dict[str, Examples], settings: Settings, device):
-    """File name -> lines: the answers to SQuAD's dev split, or what the GLUE server expects for the test splits."""
-    task = TASKS[key]
+def write_predictions(folder: Path, net: TaskModel, rows: dict[str, list[Row]], job: Job, device):
+    """Write the answers to SQuAD's dev split, or what the GLUE server expects for the test splits."""
+    task = TASKS[job.task]
     if task.kind == "span":
-        return {"predictions.json": [json.dumps(result.answers, ensure_ascii=False)]}
-    files = {}
-    for suffix in task.suffixes:
-        if test := examples.get(f"test{suffix}"):
-            logits = predict(result.net, test, settings, device)
-            values = [task.tsv_labels[v.argmax()] if task.tsv_labels else f"{np.clip(v[0], 0, 5):.3f}" for v in logits]
-            short = {"_matched": "-m", "_mismatched": "-mm"}.get(suffix, "")
-            files[f"{task.title}{short}.tsv"] = ["index\tprediction"] + [
-                f"{index}\t{value}" for index, value in zip(test.source.index, values, strict=True)]
-    return files
+        answers = predict(net, rows["dev"], job, device)
+        (folder / "predictions.json").write_text(json.dumps(answers, ensure_ascii=False), encoding="utf-8")
+    for suffix, short in (("", ""), ("_matched", "-m"), ("_mismatched", "-mm")):
+        if test := rows.get(f"test{suffix}"):
+            lines = ["index\tprediction"]
+            for row, value in zip(test, predict(net, test, job, device), strict=True):
+                value = task.tsv_labels[value] if task.labels else f"{np.clip(value, 0, 5):.3f}"
+                lines.append(f"{row.example.name}\t{value}")
+            (folder / f"{task.title}{short}.tsv").write_text("\n".join(lines) + "\n")
 
 
 # ---- All models, tasks and seeds -----------------------------------------------------------------------------
@@ -254,16 +243,15 @@ def prediction_files(result: TrainResult, key: str, examples: dict[str, Examples
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The flags. Raises InputError."""
     count, fraction = number(int, 1, 10**9), number(float, 0, 1)
-    parser = Parser(description="Fine-tune BERT checkpoints on GLUE and SQuAD, and print the results as one table.",
-                    epilog="The dev split that is reported also chooses the best epoch.", allow_abbrev=False)
-    add = parser.add_argument_group("data").add_argument
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
     add("--model", nargs="+", required=True, help="Folders or hub names of the BERT checkpoints.")
     add("--task", nargs="+", required=True, choices=[*TASKS, "all"], metavar="TASK",
         help=f"One or more of {', '.join(TASKS)}, or all.")
     add("--data", help="Folder with the task's files (train.tsv and dev.tsv, or train-v1.1.json and dev-v1.1.json), or "
         "with a folder for every task (CoLA, SST-2, ..., squad). Default: download from the hub.")
-    add("--max-length", type=number(int, 16, 10**6), help="Maximum tokens per row. Default: depends on the task.")
-    add = parser.add_argument_group("training").add_argument
+    add("--max-length", type=number(int, 16, 10**6), help="Maximum tokens per row, at most the model's positions. "
+        "Default: depends on the task.")
     add("--seeds", nargs="+", type=number(int, 0, 2**32 - 1), default=[0], help="Random seeds, one result each. [0]")
     add("--epochs", type=count, help="Passes over the training split. Default: depends on the task.")
     add("--max-steps", type=count, help="Maximum optimizer steps. Default: no maximum.")
@@ -272,15 +260,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--warmup", type=fraction, default=0.1, help="Fraction of steps with a rising learning rate. [%(default)s]")
     add("--weight-decay", type=number(float, 0, 1e9), default=0.01, help="Weight decay of the matrices. [%(default)s]")
     add("--dropout", type=number(float, 0, 0.99), help="Dropout probability. Default: that of the checkpoint.")
-    add = parser.add_argument_group("SQuAD").add_argument
-    add("--doc-stride", type=count, default=128, help="Tokens from the start of a window to the next. [%(default)s]")
-    add("--n-best", type=count, default=20, help="Best start and end tokens to combine per window. [%(default)s]")
-    add("--max-answer-length", type=count, default=30, help="Maximum tokens of an answer. [%(default)s]")
-    add("--null-threshold", type=number(float, -1e9, 1e9), default=0.0, help="SQuAD 2.0: the answer is empty if its "
-        "score exceeds that of the best span by more than this. [%(default)s]")
-    add = parser.add_argument_group("run").add_argument
-    add("--output", type=Path, default=Path("runs/finetune"), help="Folder for results.json and the fine-tuned models. "
-        "Results that it already holds are kept. [%(default)s]")
+    add("--output", type=Path, default=Path("runs/finetune"), help="Folder for fine-tuned models and their results. "
+        "Finished ones are kept. [%(default)s]")
     add("--overwrite", action="store_true", help="Compute again what the output folder already holds.")
     add("--device", default="auto", help="cpu, cuda or cuda:N. auto uses a GPU if there is one. [auto]")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on "
@@ -288,110 +269,105 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-class Checkpoint(NamedTuple):
-    folder: Path
-    tokenizer: Tokenizer
-    settings: dict[str, Settings]  # by task
+def results_table(results: list[dict]) -> str:
+    """A row for every model, a column for every metric of every task: mean and standard deviation over the seeds.
 
-
-def open_checkpoint(name: str, args: argparse.Namespace, sources: dict[str, Path | None], bf16: bool) -> Checkpoint:
-    """Load a model once to check it, and make its settings: the flags, or the task's defaults where none is given.
-
-    sources: task -> folder of its data, None for the hub. Raises InputError.
+    results: those of every task and seed, model by model. The last column is the GLUE average: the mean over the tasks
+    of the mean of each task's metrics.
     """
-    folder = find_model(name)
+    table = []
+    for model, group in itertools.groupby(results, lambda result: result["model"]):
+        columns, averages = {}, {}  # column -> values of all seeds; seed -> values of all GLUE tasks
+        for result in group:
+            for name, value in result["metrics"].items():
+                columns.setdefault(f"{TASKS[result['task']].title} {name}", []).append(value)
+            if result["task"] in GLUE_AVERAGE:
+                averages.setdefault(result["seed"], []).append(statistics.fmean(result["metrics"].values()))
+        for means in averages.values():
+            columns.setdefault(f"GLUE average of {len(means)}", []).append(statistics.fmean(means))
+        row = [model]
+        for values in columns.values():
+            deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            row.append(f"{statistics.fmean(values):.1f}{deviation}")
+        table.append(row)
+    table.insert(0, ["model", *columns])  # the same for all models
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    table.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in table)
+
+
+def make_jobs(model: str, args: argparse.Namespace, sources: dict[str, Path | None], bf16: bool) -> list[Job]:
+    """The jobs of one model, which is opened to check it. sources: from `find_data`. Raises InputError."""
+    folder = find_model(model)
     bert = load_model(folder)
-    positions, fingerprint = bert.config.max_position_embeddings, model_fingerprint(folder)
-    tokenizer = load_tokenizer(folder, bert.config.vocab_size)
-    if bert.bert.pooler is None and any(TASKS[key].kind != "span" for key in sources):
-        print(f"{name} has no pooler. A new one is initialised.")
-    if positions < 16:
-        raise InputError(f"{name} has {positions} positions; a task needs at least 16")
-    longest = max(args.max_length or TASK_DEFAULTS[key][3] for key in sources)
-    if longest > positions:
-        print(f"{name} has {positions} positions. Rows are truncated to this length instead of {longest}.")
-    settings = {}
+    load_tokenizer(folder, bert.config.vocab_size)
+    if bert.bert.pooler is None:
+        print(f"{model} has no pooler. GLUE tasks begin with a new one.")
+    positions, weights = bert.config.max_position_embeddings, model_fingerprint(folder)
+    flags = ("learning_rate", "epochs", "batch_size", "max_length", "max_steps", "warmup", "weight_decay", "dropout")
+    given = {flag: getattr(args, flag) for flag in flags if getattr(args, flag) is not None}
+    jobs = []
     for key, source in sources.items():
-        rate, epochs, batch_size, max_length = TASK_DEFAULTS[key]
-        span = {"stride": args.doc_stride, "n_best": args.n_best, "max_answer_length": args.max_answer_length,
-                "null_threshold": args.null_threshold if key == "squad_v2" else None}
-        settings[key] = Settings(
-            data="hub" if source is None else str(source.resolve()), weights=fingerprint,
-            learning_rate=args.learning_rate or rate, batch_size=args.batch_size or batch_size,
-            epochs=args.epochs or epochs, max_steps=args.max_steps,
-            max_length=min(args.max_length or max_length, positions),
-            warmup=args.warmup, weight_decay=args.weight_decay, dropout=args.dropout, bf16=bf16,
-            span=span if TASKS[key].kind == "span" else None)
-    return Checkpoint(folder, tokenizer, settings)
+        settings = DEFAULTS | TASK_DEFAULTS.get(key, {}) | given
+        settings["max_length"] = min(settings["max_length"], positions)
+        data = "hub" if source is None else str(source.resolve())
+        jobs += [Job(model, key, seed, data, weights, bf16, **settings) for seed in dict.fromkeys(args.seeds)]
+    return jobs
 
 
-def run_jobs(jobs: list[Job], checkpoints: dict[str, Checkpoint], splits: dict[str, dict], output: Path, device):
+def run_jobs(jobs: list[Job], splits: dict[str, dict], output: Path, device):
     """Fine-tune and evaluate, and store each result at once. splits: task -> its data, from `read_task`."""
-    models = {entry["model"] for entry in results.read_results(output)} | set(checkpoints)
-    started = time.perf_counter()
-    for (model, key), group in itertools.groupby(jobs, lambda job: job[:2]):
-        folder, tokenizer, settings = checkpoints[model]
-        settings = settings[key]
-        examples = {}
+    for (model, key, length), group in itertools.groupby(jobs, lambda job: (job.model, job.task, job.max_length)):
+        folder, rows = find_model(model), {}
+        tokenizer = load_tokenizer(folder, load_config(folder).vocab_size)
         for split, source in splits[key].items():
-            if settings.span:
-                examples[split] = encode_questions(source, tokenizer, settings.max_length, settings.span["stride"],
-                                                   training=split == "train")
+            if TASKS[key].kind == "span":
+                rows[split] = make_windows(source, tokenizer, length, training=split == "train")
             else:
-                examples[split] = encode_table(source, key, tokenizer, settings.max_length)
+                rows[split] = encode(source, tokenizer, length)
         for job in group:
-            job_started = time.perf_counter()
-            title = f"{model} {key} seed {job.seed}"
-            print(f"{title}: {len(examples['train'].ids):,} training rows", flush=True)
-            result = fine_tune(folder, key, examples, settings, job.seed, device, title)
-            target = results.result_folder(output, job, models)
-            predictions = prediction_files(result, key, examples, settings, device)
-            with results.replace_folder(target) as work:
-                save_task_model(result.net, key, tokenizer, work)
-                for name, lines in predictions.items():
-                    (work / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
-            seconds = time.perf_counter() - job_started
-            results.update_results(output, add=[{
-                **job._asdict(), "metrics": result.metrics, "folder": str(target), "seconds": round(seconds, 2),
-                "epoch": result.epoch, "settings": dataclasses.asdict(settings)}])
-            done = jobs.index(job) + 1
-            minutes_left = (time.perf_counter() - started) / done * (len(jobs) - done) / 60
-            capped = f", {result.steps} steps" if settings.max_steps else ""
-            print(f"  {results.describe(result.metrics)} (epoch {result.epoch} of {result.epochs}{capped}; "
-                  f"{seconds:.0f} s; {done} of {len(jobs)} done, about {minutes_left:.0f} min left)", flush=True)
+            print(f"{job}: {len(rows['train']):,} training rows", flush=True)
+            net, best = fine_tune(folder, rows, job, device)
+            target = job.folder(output)
+            work = target.with_name(f".{target.name}.unfinished")
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir(parents=True)
+            save_task_model(net, key, tokenizer, work)
+            write_predictions(work, net, rows, job, device)
+            (work / "result.json").write_text(json.dumps(dataclasses.asdict(job) | best, indent=1) + "\n")
+            shutil.rmtree(target, ignore_errors=True)
+            atomic_rename(work, target)
+            metrics = ", ".join(f"{name} {value:.1f}" for name, value in best["metrics"].items())
+            print(f"  {metrics} (best epoch {best['epoch']}; {jobs.index(job) + 1} of {len(jobs)} done)", flush=True)
 
 
 def evaluate_models(args: argparse.Namespace):
     """Everything that the flags ask for. All input is checked before training starts. Raises InputError."""
-    device = find_device(args.device)
-    tune_malloc()
+    device = distributed.find_device(args.device)
+    distributed.tune_malloc()
     precision = distributed.resolve_precision(args.precision, device)
     print(f"{precision} on {device}")
     bf16 = precision == "bf16"
     keys = [key for key in TASKS if key in args.task or "all" in args.task]
     sources = find_data(args.data, keys, skip_missing="all" in args.task)
-    checkpoints = {name: open_checkpoint(name, args, sources, bf16) for name in dict.fromkeys(args.model)}
-    jobs = [Job(*job) for job in itertools.product(checkpoints, sources, dict.fromkeys(args.seeds))]
-    settings = {job: dataclasses.asdict(checkpoints[job.model].settings[job.task]) for job in jobs}
-    finished = results.finished_results(args.output, settings, args.overwrite)
-    if finished:
-        print(f"{len(finished)} of {len(jobs)} results are already in {args.output}.")
-    jobs_left = [job for job in jobs if job not in finished]
-    splits = {key: read_task(key, sources[key]) for key in sources if any(job.task == key for job in jobs_left)}
+    jobs = [job for model in dict.fromkeys(args.model) for job in make_jobs(model, args, sources, bf16)]
+    todo = [job for job in jobs if args.overwrite or not job.is_finished(args.output)]
+    if len(todo) < len(jobs):
+        print(f"{len(jobs) - len(todo)} of {len(jobs)} results are already in {args.output}.")
 
-    # The processes of torchrun share the jobs.
-    init_distributed(torch.device("cpu"), datetime.timedelta(days=7))
-    if RANK == 0:
-        results.update_results(args.output, remove=jobs_left)
-    all_gather_objects(None)  # waits for the first process; from here on all of them add results
+    distributed.init_distributed(torch.device("cpu"), datetime.timedelta(days=7))
+    todo = distributed.all_gather_objects(todo)[0]  # processes share what the first finds unfinished
+    splits = {key: read_task(key, sources[key]) for key in dict.fromkeys(job.task for job in todo)}
+    args.output.mkdir(parents=True, exist_ok=True)
+    for job in todo[RANK::WORLD]:
+        (job.folder(args.output) / "result.json").unlink(missing_ok=True)  # exists only with --overwrite
     print("The dev split that is reported also chooses the best epoch.")
-    run_jobs(jobs_left[RANK::WORLD], checkpoints, splits, args.output, device)
-    all_gather_objects(None)
+    run_jobs(todo[RANK::WORLD], splits, args.output, device)
+    distributed.all_gather_objects(None)  # waits for the others
 
-    entries = [entry for entry in results.read_results(args.output) if results.job_of(entry) in jobs]
     print(f"\ndev, percent{', mean ± standard deviation over seeds' if len(set(args.seeds)) > 1 else ''}\n")
-    print(results.results_table(entries, list(checkpoints), list(sources)))
-    print(f"\nresults: {args.output / 'results.json'}")
+    print(results_table([read_json(job.folder(args.output) / "result.json") for job in jobs]))
+    print(f"\nresults: {args.output}/*/*/result.json")
 
 
 def main(argv: list[str] | None = None) -> int:

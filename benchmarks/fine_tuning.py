@@ -26,8 +26,7 @@ from transformers import (
 import finetune
 from support.checkpoint import load_model, load_tokenizer
 from support.distributed import find_device, synchronized_time, tune_malloc
-from support.examples import Examples, encode_table
-from support.glue import Table, read_task
+from support.glue import encode, read_task
 
 
 def main(argv: list[str]) -> int:
@@ -46,22 +45,20 @@ def main(argv: list[str]) -> int:
     bert = load_model(args.model)
     tokenizer = load_tokenizer(args.model, bert.config.vocab_size)
     splits = read_task("sst2", args.data)
-    dev = Table(*(column[:32] for column in vars(splits["dev"]).values()))
-    train, dev = (encode_table(table, "sst2", tokenizer, 128) for table in (splits["train"], dev))
-    order = np.random.default_rng(0).permutation(len(train.ids))[: args.rows or None]
+    train, dev = (encode(examples, tokenizer, 128) for examples in (splits["train"], splits["dev"][:32]))
+    order = np.random.default_rng(0).permutation(len(train))[: args.rows or None]
     slices = np.array_split(order, args.slices)
 
     def ours(part: np.ndarray):
-        rows = Examples([train.ids[i] for i in part], [train.first_length[i] for i in part],
-                        train.labels[part], train.source)
-        settings = finetune.Settings(
-            data="", weights="", learning_rate=5e-5, batch_size=args.batch_size, epochs=1, max_steps=None,
-            max_length=128, warmup=0.1, weight_decay=0.01, dropout=None, bf16=bf16, span=None)
-        finetune.fine_tune(args.model, "sst2", {"train": rows, "dev": dev}, settings, 0, device)
+        rows = [train[i] for i in part]
+        job = finetune.Job(
+            str(args.model), "sst2", seed=0, data="", weights="", learning_rate=5e-5, batch_size=args.batch_size,
+            epochs=1, max_steps=None, max_length=128, warmup=0.1, weight_decay=0.01, dropout=None, bf16=bf16)
+        finetune.fine_tune(args.model, {"train": rows, "dev": dev}, job, device)
 
     def trainer(part: np.ndarray):
         net = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=2, dtype=torch.float32)
-        examples = [{"input_ids": train.ids[i], "labels": int(train.labels[i])} for i in part]
+        examples = [{"input_ids": train[i].ids, "labels": train[i].label} for i in part]
         collator = DataCollatorWithPadding(PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]"))
         settings = TrainingArguments(
             output_dir="unused", num_train_epochs=1, per_device_train_batch_size=args.batch_size, learning_rate=5e-5,

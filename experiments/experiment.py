@@ -92,8 +92,9 @@ def finetuned(models: dict[str, Path], data: str, tasks: list[str], seeds: list[
     output = RUNS / f"finetuned-{steps}"
     program("finetune.py", "--model", *models.values(), "--task", *tasks, "--data", data, "--seeds", *seeds,
             "--max-steps", steps, "--learning-rate", 2e-4, "--precision", "bf16", "--output", output)
-    scores = {(entry["model"], entry["task"], entry["seed"]): next(iter(entry["metrics"].values()))
-              for entry in json.loads((output / "results.json").read_text())}
+    results = [json.loads(path.read_text()) for path in output.glob("*/[!.]*/result.json")]
+    scores = {(result["model"], result["task"], result["seed"]): next(iter(result["metrics"].values()))
+              for result in results}
     return [{"arm": arm, "task": task, "seed": seed, "score": scores[str(folder), task, seed]}
             for arm, folder in models.items() for task in tasks for seed in seeds]
 

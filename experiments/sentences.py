@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from model import Bert
+from support.batches import Example
 from support.checkpoint import load_model, load_tokenizer
-from support.glue import Table, read_task
+from support.glue import read_task
 from support.metrics import spearman
 
 ARMS = {"paper's settings": {}, "preset imitation": {"preset": "imitation"}}
@@ -35,18 +36,18 @@ def embed(bert: Bert, encodings) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def judge(folder: Path, pairs: Table) -> dict:
+def judge(folder: Path, pairs: list[Example]) -> dict:
     """Spearman in percent, megabytes in float32, and milliseconds per sentence of one checkpoint."""
     bert = load_model(folder).eval()
     tokenizer = load_tokenizer(folder, bert.config.vocab_size)
-    first, second = (tokenizer.encode_batch(list(texts)) for texts in zip(*pairs.texts, strict=True))
+    first, second = (tokenizer.encode_batch(list(texts)) for texts in zip(*(pair.texts for pair in pairs), strict=True))
     cosines = (embed(bert, first) * embed(bert, second)).sum(1).numpy()  # (N,)
     seconds = []
     for _ in range(5):
         start = time.perf_counter()
         embed(bert, first[:256])
         seconds.append(time.perf_counter() - start)
-    return {"spearman": 100 * spearman(cosines, np.array(pairs.labels)),
+    return {"spearman": 100 * spearman(cosines, np.array([pair.label for pair in pairs])),
             "megabytes": 4e-6 * bert.parameter_count(), "milliseconds": statistics.median(seconds) * 1000 / 256}
 
 
@@ -57,7 +58,7 @@ def measure(args) -> dict:
         for seed in args.seeds:
             folder = experiment.distil(**flags, **BUDGET, teacher=args.teacher, corpus=args.corpus, seed=seed)
             rows.append({"arm": arm, "seed": seed, **judge(folder / "student", pairs)})
-    return {"budget": BUDGET, "pairs": len(pairs.texts), "rows": rows}
+    return {"budget": BUDGET, "pairs": len(pairs), "rows": rows}
 
 
 def draw(result: dict):

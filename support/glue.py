@@ -2,14 +2,18 @@
 
     folders = find_data("glue_data", ["rte", "squad"], skip_missing=False)
     splits = read_task("rte", folders["rte"])  # "train" and "dev", perhaps "test"
+    rows = encode(splits["dev"], tokenizer, max_length=128)
 """
 
 import dataclasses
 from pathlib import Path
 
+import numpy as np
+
+from support.batches import Example, Row, tokenise
 from support.errors import InputError, one_line
 from support.hub import hub_files
-from support.squad import Question, read_squad
+from support.squad import read_squad
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,40 +22,49 @@ class Task:
     kind: str  # "classification", "regression" (one number) or "span" (first and last token of an answer)
     metrics: tuple[str, ...]
     columns: tuple[str, ...] = ()  # the one or two columns of text in the TSV file
-    label_column: str = ""
     labels: tuple[str, ...] = ()  # class names; a class is its index here, as in nyu-mll/glue
     tsv_labels: tuple[str, ...] = ()  # the same classes as the TSV file writes them
+    label_column: str = "label"  # in the TSV file
     suffixes: tuple[str, ...] = ("",)  # of "dev" and "test": MNLI has two of each, reported separately
+    file: str = "{}.tsv"  # a glob pattern, with {} for the split
 
 
 ACCURACY, BINARY, PAIR = ("accuracy",), ("0", "1"), ("sentence1", "sentence2")
 ENTAILMENT, NLI = ("entailment", "not_entailment"), ("entailment", "neutral", "contradiction")
 TASKS = {
-    "cola": Task("CoLA", "classification", ("matthews",), ("sentence",), "label",
-                 ("unacceptable", "acceptable"), BINARY),
-    "sst2": Task("SST-2", "classification", ACCURACY, ("sentence",), "label", ("negative", "positive"), BINARY),
-    "mrpc": Task("MRPC", "classification", ("f1", "accuracy"), ("#1 String", "#2 String"), "Quality",
-                 ("not_equivalent", "equivalent"), BINARY),
-    "stsb": Task("STS-B", "regression", ("pearson", "spearman"), PAIR, "score"),
-    "qqp": Task("QQP", "classification", ("f1", "accuracy"), ("question1", "question2"), "is_duplicate",
-                ("not_duplicate", "duplicate"), BINARY),
-    "mnli": Task("MNLI", "classification", ACCURACY, PAIR, "gold_label", NLI, NLI, ("_matched", "_mismatched")),
-    "qnli": Task("QNLI", "classification", ACCURACY, ("question", "sentence"), "label", ENTAILMENT, ENTAILMENT),
-    "rte": Task("RTE", "classification", ACCURACY, PAIR, "label", ENTAILMENT, ENTAILMENT),
-    "wnli": Task("WNLI", "classification", ACCURACY, PAIR, "label", ("not_entailment", "entailment"), BINARY),
-    "squad": Task("SQuAD-v1.1", "span", ("exact_match", "f1")),
-    "squad_v2": Task("SQuAD-v2.0", "span", ("exact_match", "f1")),
+    "cola": Task("CoLA", "classification", ("matthews",), ("sentence",), ("unacceptable", "acceptable"), BINARY),
+    "sst2": Task("SST-2", "classification", ACCURACY, ("sentence",), ("negative", "positive"), BINARY),
+    "mrpc": Task("MRPC", "classification", ("f1", "accuracy"), ("#1 String", "#2 String"),
+                 ("not_equivalent", "equivalent"), BINARY, "Quality"),
+    "stsb": Task("STS-B", "regression", ("pearson", "spearman"), PAIR, label_column="score"),
+    "qqp": Task("QQP", "classification", ("f1", "accuracy"), ("question1", "question2"),
+                ("not_duplicate", "duplicate"), BINARY, "is_duplicate"),
+    "mnli": Task("MNLI", "classification", ACCURACY, PAIR, NLI, NLI, "gold_label", ("_matched", "_mismatched")),
+    "qnli": Task("QNLI", "classification", ACCURACY, ("question", "sentence"), ENTAILMENT, ENTAILMENT),
+    "rte": Task("RTE", "classification", ACCURACY, PAIR, ENTAILMENT, ENTAILMENT),
+    "wnli": Task("WNLI", "classification", ACCURACY, PAIR, ("not_entailment", "entailment"), BINARY),
+    "squad": Task("SQuAD-v1.1", "span", ("exact_match", "f1"), file="{}-v1.1.json*"),  # perhaps .json.gz
+    "squad_v2": Task("SQuAD-v2.0", "span", ("exact_match", "f1"), file="{}-v2.0.json*"),
 }
 GLUE_AVERAGE = [key for key, task in TASKS.items() if task.kind != "span" and key != "wnli"]  # as in the BERT papers
 
 
-@dataclasses.dataclass
-class Table:
-    """One split of a GLUE task with N rows."""
+def encode(examples: list[Example], tokenizer, max_length: int) -> list[Row]:
+    """Rows of at most `max_length` tokens. In a pair that is too long the longer text is truncated first."""
+    cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
+    columns = [tokenise(column, tokenizer) for column in zip(*(example.texts for example in examples), strict=True)]
+    rows = []
+    for example, a, *second in zip(examples, *columns, strict=True):
+        a, b = a.ids, second[0].ids if second else []
+        room = max_length - 2 - len(second)  # without [CLS] and [SEP]
+        if len(a) + len(b) > room:
+            a = a[: max(room - len(b), room - room // 2)]
+        ids = [cls, *a, sep] + ([*b[: room - len(a)], sep] if second else [])
+        rows.append(Row(np.array(ids, np.int32), len(a) + 2, example.label, example))
+    return rows
 
-    texts: list[tuple[str, ...]]  # one or two a row
-    labels: list[float] | None  # classes or scores; None in a test split
-    index: list[str]  # names of the rows, for the prediction file
+
+# ---- Files in a folder ---------------------------------------------------------------------------------------
 
 
 def split_names(key: str) -> list[str]:
@@ -59,7 +72,8 @@ def split_names(key: str) -> list[str]:
     return ["train"] + [split + suffix for split in kinds for suffix in TASKS[key].suffixes]
 
 
-# ---- Files in a folder ---------------------------------------------------------------------------------------
+def find_split(folder: Path, key: str, split: str) -> Path | None:
+    return min(folder.glob(TASKS[key].file.format(split)), default=None)
 
 
 def find_data(root: str | None, keys: list[str], skip_missing: bool) -> dict[str, Path | None]:
@@ -70,160 +84,115 @@ def find_data(root: str | None, keys: list[str], skip_missing: bool) -> dict[str
     """
     if root is None:
         return dict.fromkeys(keys)
-    if not Path(root).is_dir():
-        raise InputError(f"--data {root} is not a folder")
-    subfolders = {path.name.lower(): path for base in (Path(root) / "glue", Path(root)) if base.is_dir()
-                  for path in base.iterdir() if path.is_dir()}
     found = {}
     for key in keys:
-        title = TASKS[key].title
-        names = [title.lower(), key] + ["squad"] * (TASKS[key].kind == "span")
-        folder = next((subfolders[name] for name in names if name in subfolders), None)
-        if folder is None and len(keys) == 1:
-            folder = Path(root)
-        if skip_missing and (folder is None or find_split(folder, key, "train") is None):
-            print(f"Skipping {key}: {root} holds no {title}/{file_names(key, 'train')[0]}.")
-        elif folder is None:
-            raise InputError(f"--data {root} holds no folder {title}; add the data of {key}, or leave it out of --task")
-        else:
+        title, file = TASKS[key].title, TASKS[key].file.format("train")
+        names = [title, f"glue/{title}", "squad", "SQuAD", *([""] if len(keys) == 1 else [])]
+        folder = next((Path(root, name) for name in names if find_split(Path(root, name), key, "train")), None)
+        if folder:
             found[key] = folder
+        elif skip_missing:
+            print(f"Skipping {key}: {root} holds no {title}/{file}.")
+        else:
+            raise InputError(f"--data {root} holds no {title}/{file}")
     if not found:
-        raise InputError(f"--data {root} holds none of the tasks; its folders should be called "
-                         f"{', '.join(TASKS[key].title for key in GLUE_AVERAGE)}, squad")
+        raise InputError(f"--data {root} holds none of the tasks")
     return found
 
 
-def file_names(key: str, split: str) -> list[str]:
-    """The file names that a split may have."""
-    if TASKS[key].kind == "span":
-        version = TASKS[key].title.split("-")[1]
-        return [f"{split}-{version}.json", f"{split}-{version}.json.gz"]
-    # MRPC as Microsoft ships it has no dev split of its own (it is part of train), but its test split has labels.
-    microsoft = {("mrpc", "train"): ["msr_paraphrase_train.txt"], ("mrpc", "dev"): ["msr_paraphrase_test.txt"]}
-    return [f"{split}.tsv", *microsoft.get((key, split), [])]
-
-
-def find_split(folder: Path, key: str, split: str) -> Path | None:
-    return next((folder / name for name in file_names(key, split) if (folder / name).is_file()), None)
-
-
-def read_task(key: str, folder: Path | None) -> dict:
-    """Split name -> Table, or list of Questions, from a folder or (None) from the hub. Raises InputError."""
+def read_task(key: str, folder: Path | None) -> dict[str, list[Example]]:
+    """Split name -> its examples, from a folder or (None) from the hub. Raises InputError."""
     if folder is None:
         return read_hub(key)
     splits = {}
     for split in split_names(key):
-        path = find_split(folder, key, split)
-        if path is None:
-            if not split.startswith("test"):
-                raise InputError(f"{folder}: no {split} split of {TASKS[key].title}; "
-                                 f"it should be in {' or '.join(file_names(key, split))}")
-        elif TASKS[key].kind == "span":
-            splits[split] = read_squad(path, key)
-        else:
-            splits[split] = read_tsv(path, key, labelled=not split.startswith("test"))
-            if path.name == "msr_paraphrase_test.txt":
-                print(f"{path} is used as the dev split.")
+        path, is_test = find_split(folder, key, split), split.startswith("test")
+        if path:
+            splits[split] = read_squad(path, key) if TASKS[key].kind == "span" else read_tsv(path, key, not is_test)
+        elif not is_test:
+            raise InputError(f"{folder} holds no {TASKS[key].file.format(split)}")
     return splits
 
 
-def read_tsv(path: Path, key: str, labelled: bool) -> Table:
+def read_tsv(path: Path, key: str, labelled: bool) -> list[Example]:
     """Read one TSV file as GLUE ships it. Raises InputError with file and line.
 
     Quotes are plain text. The labelled files of CoLA have no header. Rows of QQP that are torn by a line break inside a
     question are dropped.
     """
     task = TASKS[key]
-    raw = path.read_bytes()
-    try:
-        lines = raw.decode("utf-8-sig").split("\n")  # not splitlines(): some sentences hold other line separators
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}, line {raw[: error.start].count(10) + 1}: not UTF-8 text") from None
-    lines = [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
-    has_header = key != "cola" or not labelled
-    header = (lines or [""])[0].split("\t") if has_header else ["source", "label", "note", "sentence"]
     wanted = [*task.columns, *([task.label_column] if labelled else [])]
-    if missing := [name for name in wanted if name not in header]:
-        raise InputError(f"{path}, line 1: no column {missing[0]!r} in {', '.join(header)[:100]!r}; {task.title} needs "
-                         f"{', '.join(wanted)}: is this the data of another task?")
-    columns = [header.index(name) for name in wanted]
-    table, torn = Table([], [] if labelled else None, []), 0
-    first_row = 1 if has_header else 0
-    for number, line in enumerate(lines[first_row:], 1 + first_row):
-        fields = line.split("\t")
-        if key == "qqp" and len(fields) < len(header):
-            torn += 1
-            continue
-        if len(fields) != len(header):
-            raise InputError(f"{path}, line {number}: {len(fields)} columns instead of {len(header)}; repair the "
-                             f"line, or give the data of {task.title}")
-        values = [fields[column] for column in columns]
-        if labelled:
-            table.labels.append(parse_label(values.pop(), task, f"{path}, line {number}"))
-        table.texts.append(tuple(values))
-        table.index.append(fields[0])
+    header = ["source", "label", "note", "sentence"] if key == "cola" and labelled else None
+    examples, torn = [], 0
+    # Not splitlines(): some sentences hold other line separators.
+    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").removesuffix(b"\n").split(b"\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            fields = line.removesuffix(b"\r").decode().split("\t")
+            if header is None:
+                header = fields
+                if missing := [name for name in wanted if name not in header]:
+                    raise ValueError(f"no column {missing[0]!r} in {', '.join(header)[:100]!r}")
+            elif key == "qqp" and len(fields) < len(header):
+                torn += 1
+            elif len(fields) != len(header):
+                raise ValueError(f"{len(fields)} columns instead of {len(header)}")
+            else:
+                row = dict(zip(header, fields, strict=True))
+                label = parse_label(row[task.label_column], task) if labelled else -1
+                examples.append(Example(tuple(row[name] for name in task.columns), label, fields[0]))
+        except ValueError as error:  # also that of a line that is not UTF-8
+            raise InputError(f"{path}, line {number}: {error}; is this the data of {task.title}?") from None
     if torn:
         print(f"{path}: dropped {torn} rows with missing fields.")
-    if not table.texts:
+    if not examples:
         raise InputError(f"{path} holds no rows; download it again")
-    return table
+    return examples
 
 
-def parse_label(text: str, task: Task, where: str) -> float:
-    """The class or the score that a TSV file writes as `text`. Raises InputError."""
-    if task.kind == "classification":
-        if text not in task.tsv_labels:
-            raise InputError(f"{where}: label {text[:40]!r} is not one of {', '.join(task.tsv_labels)}; is this the "
-                             f"data of {task.title}?")
+def parse_label(text: str, task: Task) -> float:
+    """The class or the score that a TSV file writes as `text`. Raises ValueError."""
+    if text in task.tsv_labels:
         return task.tsv_labels.index(text)
-    try:
-        score = float(text)
-    except ValueError:
-        score = float("nan")
-    if not 0 <= score <= 5:
-        raise InputError(f"{where}: score {text[:40]!r} is not a number from 0 to 5; is this the data of {task.title}?")
-    return score
+    if task.kind == "regression" and 0 <= float(text) <= 5:
+        return float(text)
+    raise ValueError(f"label {text[:40]!r} is not {' or '.join(task.tsv_labels) or 'from 0 to 5'}")
 
 
 # ---- The hub -------------------------------------------------------------------------------------------------
 
 
-def read_hub(key: str) -> dict:
+def read_hub(key: str) -> dict[str, list[Example]]:
     """Read a task from nyu-mll/glue, rajpurkar/squad or rajpurkar/squad_v2 on the hub. Raises InputError."""
     import pyarrow
     import pyarrow.parquet
 
-    span = TASKS[key].kind == "span"
-    repository, parent = (f"rajpurkar/{key}", "") if span else ("nyu-mll/glue", f"{key}/")
+    repository, parent = (f"rajpurkar/{key}", "") if TASKS[key].kind == "span" else ("nyu-mll/glue", f"{key}/")
 
-    def files_of(split: str, names: list[str]) -> list[str]:
-        start = split.replace("dev", "validation") + "-"
-        files = sorted(name for name in names if name.startswith(parent) and name.endswith(".parquet")
-                       and Path(name).name.startswith(start))
-        if not files:
-            raise InputError(f"{repository} on the hub holds no parquet file {parent}{start}*")
+    def split_of(file: str) -> str:
+        return Path(file).name.split("-")[0].replace("validation", "dev")
+
+    def wanted(names: list[str]) -> list[str]:
+        files = sorted(name for name in names if name.startswith(parent) and name.endswith(".parquet"))
+        if missing := set(split_names(key)) - set(map(split_of, files)):
+            raise InputError(f"{repository} on the hub holds no parquet file of {key}, {min(missing)}")
         return files
 
-    folder, names = hub_files(
-        repository, "dataset", lambda names: [file for split in split_names(key) for file in files_of(split, names)])
+    folder, files = hub_files(repository, "dataset", wanted)
     splits = {}
     for split in split_names(key):
-        files = files_of(split, names)
+        paths = [Path(folder, file) for file in files if split_of(file) == split]
         try:
-            tables = [pyarrow.parquet.read_table(Path(folder) / file) for file in files]
-            splits[split] = from_columns(pyarrow.concat_tables(tables).to_pydict(), key, split)
+            splits[split] = [example_of(row, key) for row in pyarrow.parquet.read_table(paths).to_pylist()]
         except (pyarrow.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{folder}/{files[0]} is not {split} of {TASKS[key].title}: {one_line(error)}") from None
+            raise InputError(f"{paths[0]} is not {split} of {TASKS[key].title}: {one_line(error)}") from None
     return splits
 
 
-def from_columns(columns: dict[str, list], key: str, split: str) -> Table | list[Question]:
-    """The Table or the Questions that the columns of a parquet file hold. Raises KeyError, TypeError or ValueError."""
+def example_of(row: dict, key: str) -> Example:
+    """The Example in a row of a parquet file. Raises KeyError, TypeError or ValueError."""
     if TASKS[key].kind == "span":
-        rows = zip(*(columns[name] for name in ("id", "question", "context", "answers")), strict=True)
-        return [Question(name, question, context, list(zip(found["text"], found["answer_start"], strict=True)))
-                for name, question, context, found in rows]
-    index, labels = list(map(str, columns.pop("idx"))), columns.pop("label")
-    if len(columns) != len(TASKS[key].columns):  # all other columns are text
-        raise ValueError(f"columns {', '.join(columns)}")
-    return Table(list(zip(*columns.values(), strict=True)), None if split.startswith("test") else labels, index)
+        answers = zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True)
+        return Example((row["question"], row["context"]), list(answers), row["id"])
+    label, name = row.pop("label"), str(row.pop("idx"))
+    return Example(tuple(row.values()), label, name)  # all other columns are text

@@ -23,14 +23,7 @@ def f1(predicted: np.ndarray, true: np.ndarray) -> float:
 
 def pearson(predicted: np.ndarray, true: np.ndarray) -> float:
     """Pearson correlation; 0 if one side is constant."""
-    x, y = (np.asarray(values, np.float64) - np.mean(values, dtype=np.float64) for values in (predicted, true))
-    norm = np.sqrt((x**2).sum() * (y**2).sum())
-    return float((x * y).sum() / norm) if np.ptp(predicted) and np.ptp(true) else 0.0
-
-
-def matthews(predicted: np.ndarray, true: np.ndarray) -> float:
-    """Matthews correlation of two classes, which is the Pearson correlation of the labels 0 and 1."""
-    return pearson(predicted, true)
+    return float(np.corrcoef(predicted, true)[0, 1]) if np.ptp(predicted) and np.ptp(true) else 0.0
 
 
 def spearman(predicted: np.ndarray, true: np.ndarray) -> float:
@@ -42,13 +35,14 @@ def spearman(predicted: np.ndarray, true: np.ndarray) -> float:
     return pearson(ranks(predicted), ranks(true))
 
 
-METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews, "pearson": pearson, "spearman": spearman}
+METRICS = {"accuracy": accuracy, "f1": f1, "pearson": pearson, "spearman": spearman,
+           "matthews": pearson}  # of two classes, it is the Pearson correlation of the labels 0 and 1
 
 
-def normalise_answer(text: str) -> str:
-    """SQuAD's normalisation: lower case, no ASCII punctuation, no articles, single spaces."""
+def normalised_words(text: str) -> list[str]:
+    """SQuAD's normalisation: lower case, no ASCII punctuation, no articles."""
     text = "".join(c for c in text.lower() if c not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
 
 def squad_scores(predicted: str, references: list[str]) -> tuple[float, float]:
@@ -56,11 +50,9 @@ def squad_scores(predicted: str, references: list[str]) -> tuple[float, float]:
 
     The empty answer is right if there are no references, or if normalisation leaves nothing of any of them.
     """
-    words = normalise_answer(predicted).split()
-    exact, best = 0.0, 0.0
-    for reference in [text for text in references if normalise_answer(text)] or [""]:
-        true = normalise_answer(reference).split()
-        common = sum((collections.Counter(words) & collections.Counter(true)).values())
-        score = 2 * common / (len(words) + len(true)) if words and true else float(words == true)
-        exact, best = max(exact, float(words == true)), max(best, score)
-    return exact, best
+    words, exact, f1 = normalised_words(predicted), 0.0, 0.0
+    for true in [words for words in map(normalised_words, references) if words] or [[]]:
+        equal = float(words == true)
+        common = (collections.Counter(words) & collections.Counter(true)).total()
+        exact, f1 = max(exact, equal), max(f1, 2 * common / (len(words) + len(true)) if words and true else equal)
+    return exact, f1

@@ -178,9 +178,13 @@ MUTANTS = [
     ("experiments/experiment.py", "statistics.stdev(values) if", "0.0 if", "experiments", "deviation"),
     ("support/metrics.py", "2 * true_positives / positives", "true_positives / positives", "metrics", "scikit"),
     ("support/metrics.py", "(counts - 1) / 2", "counts", "metrics", "scipy"),
-    ("finetune.py", "if best is None or result.score > best.score:", "if True:", "finetune", "best"),
+    ("finetune.py", "if score > best_score:", "if True:", "finetune", "best"),
     ("finetune.py", "nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)", "pass", "finetune", ""),
-    ("support/examples.py", "mask = columns < lengths[:, None]", "mask = columns <= lengths[:, None]", "finetune", ""),
+    ("support/batches.py", "mask = columns < torch", "mask = columns <= torch", "finetune", "batches"),
+    ("support/batches.py", "mask & (columns >=", "mask & (columns >", "finetune", "batches"),
+    ("support/squad.py", "null[key] > score", "null[key] < score", "squad", "best_valid or lowest_null"),
+    ("support/squad.py", "MAX_ANSWER_TOKENS - 1)", "MAX_ANSWER_TOKENS)", "squad", "best_valid"),
+    ("finetune.py", "if before.get(name) != now[name]]:", "if False]:", "finetune", "finished_results"),
 ]
 
 

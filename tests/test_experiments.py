@@ -122,8 +122,10 @@ def test_fine_tuned_rows_come_in_the_requested_order(monkeypatch, tmp_path):
 
     def program(script, *arguments):
         words.extend(map(str, arguments))
-        (tmp_path / "finetuned-7").mkdir()
-        (tmp_path / "finetuned-7" / "results.json").write_text(json.dumps(entries))
+        for i, entry in enumerate(entries):
+            folder = tmp_path / "finetuned-7" / "model" / f"job{i}"
+            folder.mkdir(parents=True)
+            (folder / "result.json").write_text(json.dumps(entry))
 
     monkeypatch.setattr(experiment, "program", program)
     monkeypatch.setattr(experiment, "RUNS", tmp_path)

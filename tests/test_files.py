@@ -11,7 +11,7 @@ from support import files
 
 
 def test_failed_write_leaves_the_old_text(tmp_path, monkeypatch):
-    path = tmp_path / "results.json"
+    path = tmp_path / "run.json"
     files.write_atomically(path, "old")
 
     def full(_):
@@ -23,7 +23,7 @@ def test_failed_write_leaves_the_old_text(tmp_path, monkeypatch):
             files.write_atomically(path, "new")
     assert path.read_text() == "old"
     files.write_atomically(path, "new")
-    assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["results.json"]
+    assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["run.json"]
 
 
 def test_everything_is_on_the_disk_before_a_file_or_folder_gets_its_name(tmp_path, monkeypatch):

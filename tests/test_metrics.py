@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 import sklearn.metrics
 
-from support.metrics import METRICS, accuracy, f1, matthews, pearson, spearman, squad_scores
+from support.metrics import METRICS, accuracy, f1, pearson, spearman, squad_scores
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -14,7 +14,7 @@ def test_metrics_equal_scikit_learn_and_scipy(seed):
     predicted, true = generator.integers(0, 2, (2, 50))
     assert accuracy(predicted, true) == pytest.approx(sklearn.metrics.accuracy_score(true, predicted))
     assert f1(predicted, true) == pytest.approx(sklearn.metrics.f1_score(true, predicted))
-    assert matthews(predicted, true) == pytest.approx(sklearn.metrics.matthews_corrcoef(true, predicted))
+    assert METRICS["matthews"](predicted, true) == pytest.approx(sklearn.metrics.matthews_corrcoef(true, predicted))
     scores = generator.normal(size=50).astype(np.float32)
     with_ties = generator.integers(0, 4, 50).astype(np.float32)
     assert pearson(scores, with_ties) == pytest.approx(scipy.stats.pearsonr(scores, with_ties)[0], abs=1e-6)

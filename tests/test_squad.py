@@ -8,9 +8,11 @@ import pytest
 from conftest import WORDS
 from made_up_tasks import write_squad
 
+from support import squad
+from support.batches import Example
 from support.checkpoint import load_tokenizer
 from support.glue import find_split, read_task
-from support.squad import Question, best_answers, make_windows, read_squad
+from support.squad import best_answers, make_windows, read_squad
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -22,10 +24,11 @@ def test_files_are_read_plain_and_gzipped(key, version, compressed, tmp_path):
         path.unlink()
     splits = read_task(key, folder)
     for split, questions in splits.items():
-        assert [question.id for question in questions] == [f"{split}{i}" for i in range(6)]
-        assert [len(question.answers) for question in questions] == ([1] * 6 if key == "squad" else [1, 0] * 3)
+        assert [question.name for question in questions] == [f"{split}{i}" for i in range(6)]
+        assert [len(question.label) for question in questions] == ([1] * 6 if key == "squad" else [1, 0] * 3)
         for question in questions:
-            assert all(question.context[start : start + len(text)] == text for text, start in question.answers)
+            context = question.texts[1]
+            assert all(context[start : start + len(text)] == text for text, start in question.label)
 
 
 def one_question_file(**changes) -> str:
@@ -34,13 +37,14 @@ def one_question_file(**changes) -> str:
 
 
 @pytest.mark.parametrize("content, words", [
-    ('{"data": [', ["damaged or not JSON"]),
-    ("", ["damaged or not JSON"]),
+    ('{"data": [', ["damaged"]),
+    ("", ["damaged"]),
     ("[]", ["not in SQuAD's format"]),
     ('{"data": []}', ["no questions"]),
     ('{"data": [{"title": "t"}]}', ["not in SQuAD's format"]),
     (one_question_file(answers=[]), ["q7", "squad_v2"]),
-    (one_question_file(answers=[{"text": "old", "answer_start": 90}]), ["q7", "outside"]),
+    (one_question_file(answers=[{"text": "old", "answer_start": "x"}]), ["q7", "format"]),
+    (one_question_file(answers=[{"text": "old"}]), ["q7", "answer_start"]),
     (one_question_file(question=None), ["q7", "format"]),
     (one_question_file(answers=[{"text": 3, "answer_start": 0}]), ["q7", "format"]),
 ])
@@ -55,7 +59,7 @@ def test_missing_and_damaged_archives_are_errors(tmp_path, refused):
     folder = write_squad(tmp_path / "squad")
     archive = gzip.compress((folder / "dev-v1.1.json").read_bytes())
     (folder / "dev-v1.1.json").unlink()
-    with refused("no dev split", "dev-v1.1.json"):
+    with refused("holds no dev-v1.1.json"):
         read_task("squad", folder)
     for content in (archive[:-20], archive[:30] + b"xxxx" + archive[34:], b"not gzip"):
         (folder / "dev-v1.1.json.gz").write_bytes(content)
@@ -63,21 +67,21 @@ def test_missing_and_damaged_archives_are_errors(tmp_path, refused):
             read_task("squad", folder)
 
 
-def answers_from_labels(questions: list[Question], tokenizer, max_length: int, stride: int) -> dict[str, str]:
+def answers_from_labels(questions: list[Example], tokenizer, max_length: int) -> dict[str, str]:
     """The answers if the model is sure of the labels of the training windows."""
-    windows = make_windows(questions, tokenizer, max_length, stride, training=True)
+    windows = make_windows(questions, tokenizer, max_length, training=True)
     all_scores = []
     for window in windows:
         scores = np.full((len(window.ids), 2), -5.0, np.float32)
-        first, last = window.answer
+        first, last = window.label
         scores[first, 0] = scores[last, 1] = 5
         all_scores.append(scores)
-    return best_answers(windows, all_scores, questions, n_best=20, max_answer_length=30)
+    return best_answers(windows, all_scores, can_be_empty=False)
 
 
-def one_question(context: str, answer: str | None, start: int | None = None, text="is it the") -> list[Question]:
+def one_question(context: str, answer: str | None, start: int | None = None, text="is it the") -> list[Example]:
     start = context.index(answer) if answer and start is None else start
-    return [Question("q", text, context, [(answer, start)] if answer else [])]
+    return [Example((text, context), [(answer, start)] if answer else [], "q")]
 
 
 @pytest.mark.parametrize("context, answer", [
@@ -91,77 +95,79 @@ def one_question(context: str, answer: str | None, start: int | None = None, tex
     ("the end", "end"),
 ])
 def test_answers_are_copied_from_the_context_exactly(context, answer, tokenizer):
-    assert answers_from_labels(one_question(context, answer), tokenizer, 32, 16) == {"q": answer}
+    assert answers_from_labels(one_question(context, answer), tokenizer, 32) == {"q": answer}
 
 
 def test_answers_of_real_text_are_exact(shared):
     """Except for words that contain more than the answer."""
     questions = read_squad(find_split(shared / "data" / "squad", "squad", "dev"), "squad")[::100]
     tokenizer = load_tokenizer(shared / "teacher", 30522)
-    answers = answers_from_labels(questions, tokenizer, max_length=384, stride=128)
-    correct = [answers[question.id] == question.answers[0][0] for question in questions]
+    answers = answers_from_labels(questions, tokenizer, max_length=384)
+    correct = [answers[question.name] == question.label[0][0] for question in questions]
     assert len(correct) > 100 and np.mean(correct) > 0.97
 
 
-def test_windows_cover_the_context_and_label_whole_answers_only(tokenizer):
+def test_windows_cover_the_context_and_label_whole_answers_only(tokenizer, monkeypatch):
+    monkeypatch.setattr(squad, "STRIDE", 5)
     context = " ".join(WORDS[:40])
     answer = " ".join(WORDS[18:22])  # four tokens, which some windows hold in part
     questions = one_question(context, answer, text="of")
-    windows = make_windows(questions, tokenizer, max_length=16, stride=5, training=True)
+    windows = make_windows(questions, tokenizer, max_length=16, training=True)
     room, tokens = 16 - 3 - 1, [tokenizer.token_to_id(word) for word in WORDS[:40]]
     characters = np.cumsum([0] + [len(word) + 1 for word in WORDS[:39]])  # where the words start
     starts = [int(np.searchsorted(characters, window.offsets[0, 0])) for window in windows]
     whole = [start <= 18 and start + room >= 22 for start in starts]
     for window, start, is_whole in zip(windows, starts, whole, strict=True):
         assert window.ids[3:-1].tolist() == tokens[start : start + room] and len(window.ids) <= 16
-        first, last = window.answer
+        first, last = window.label
         if is_whole:
             assert tokenizer.decode(window.ids[first : last + 1].tolist()) == answer
         else:
             assert (first, last) == (0, 0)
     assert starts == list(range(0, 5 * len(starts), 5)) and starts[-1] + room >= 40 > starts[-2] + room
     assert 0 < sum(whole) < len(windows)
-    assert answers_from_labels(questions, tokenizer, 16, 5) == {"q": answer}
-    wide = make_windows(questions, tokenizer, max_length=16, stride=99, training=False)
+    assert answers_from_labels(questions, tokenizer, 16) == {"q": answer}
+    monkeypatch.setattr(squad, "STRIDE", 99)
+    wide = make_windows(questions, tokenizer, max_length=16, training=False)
     assert np.concatenate([window.offsets for window in wide])[:, 0].tolist() == characters.tolist()  # no gaps
 
 
 def test_misplaced_answers_are_dropped_from_training_with_a_message(tokenizer, capsys):
-    questions = one_question("the old river", "old", start=5)
-    assert make_windows(questions, tokenizer, 32, 16, training=True) == []
-    assert "1 questions are not used for training" in capsys.readouterr().out
-    assert len(make_windows(questions, tokenizer, 32, 16, training=False)) == 1
+    for start in (5, 90, -3):
+        questions = one_question("the old river", "old", start=start)
+        assert make_windows(questions, tokenizer, 32, training=True) == []
+        assert "1 questions are not used for training" in capsys.readouterr().out
+        assert len(make_windows(questions, tokenizer, 32, training=False)) == 1
 
 
 def test_long_questions_leave_room_for_the_context(tokenizer):
     questions = one_question("the old river", "old", text="of " * 300)
     for max_length, most in ((16, 6), (384, 64)):
-        (window,) = make_windows(questions, tokenizer, max_length, 128, training=True)
+        (window,) = make_windows(questions, tokenizer, max_length, training=True)
         assert (window.ids == tokenizer.token_to_id("of")).sum() == most
 
 
-def test_the_best_valid_span_of_the_context_is_the_answer(tokenizer):
+def test_the_best_valid_span_of_the_context_is_the_answer(tokenizer, monkeypatch):
     questions = one_question("the old river of time", None)
-    (window,) = windows = make_windows(questions, tokenizer, 32, 16, training=False)
+    (window,) = windows = make_windows(questions, tokenizer, 32, training=False)
     scores = np.zeros((len(window.ids), 2), np.float32)
-    context = window.context_start
+    context = window.first_length
     scores[:context] = scores[-1] = 9  # [CLS], the question and the last [SEP] must not win
     scores[0] = 0
     scores[context + 1] = 2, 1  # old
     scores[context + 4] = 0, 4  # time
     scores[context + 3, 0] = 1.5  # of
 
-    def answer(n_best=20, max_answer_length=30, null_threshold=None):
-        return best_answers(windows, [scores], questions, n_best, max_answer_length, null_threshold)["q"]
+    def answer(can_be_empty=False):
+        return best_answers(windows, [scores], can_be_empty)["q"]
 
-    assert answer() == "old river of time"
-    assert answer(max_answer_length=2) == "of time"
-    assert answer(max_answer_length=1) == "time"
-    assert answer(n_best=1) == "old river of time" and answer(n_best=1, max_answer_length=2) == ""
-    assert answer(null_threshold=-7) == "" and answer(null_threshold=-5) == "old river of time"
+    for most, expected in ((30, "old river of time"), (4, "old river of time"), (2, "of time"), (1, "time")):
+        monkeypatch.setattr(squad, "MAX_ANSWER_TOKENS", most)
+        assert answer() == expected
+    monkeypatch.setattr(squad, "MAX_ANSWER_TOKENS", 30)
+    assert answer(can_be_empty=True) == "old river of time"  # 2 + 4, and 0 for no answer
     scores[0] = 4
-    assert answer(null_threshold=0) == "" and answer(null_threshold=3) == "old river of time"
-    assert answer() == "old river of time"  # every question of SQuAD 1.1 is answered
+    assert answer(can_be_empty=True) == "" and answer() == "old river of time"
     scores[context:-1] = 0
     scores[context + 3, 0] = scores[context + 1, 1] = 5  # of ... old: out of order
     scores[context + 2] = 3  # river
@@ -171,10 +177,16 @@ def test_the_best_valid_span_of_the_context_is_the_answer(tokenizer):
 
 def test_the_lowest_null_score_of_all_windows_counts(tokenizer):
     questions = one_question(" ".join(WORDS[:20]), None)
-    windows = make_windows(questions, tokenizer, max_length=16, stride=10, training=False)
+    windows = make_windows(questions, tokenizer, max_length=16, training=False)
     assert len(windows) == 2
-    for low in (0, 1):  # [CLS] wins in one window and loses in the other; the best span scores 1
+    for first, second in ((-4, 4), (4, -4), (4, 4)):  # the best span scores 1 in both
         scores = [np.full((len(window.ids), 2), 0.5, np.float32) for window in windows]
-        scores[low][0], scores[1 - low][0] = -4, 4
-        assert best_answers(windows, scores, questions, 20, 30, 0.0)["q"] != ""
-        assert best_answers(windows, scores, questions, 20, 30, -9.5)["q"] == ""
+        scores[0][0], scores[1][0] = first, second
+        assert (best_answers(windows, scores, can_be_empty=True)["q"] == "") is (first == second)
+
+
+def test_a_window_without_context_has_no_span(tokenizer):
+    questions = one_question(" ", None)
+    windows = make_windows(questions, tokenizer, 32, training=False)
+    scores = [np.zeros((len(window.ids), 2), np.float32) for window in windows]
+    assert best_answers(windows, scores, can_be_empty=False) == {"q": ""}

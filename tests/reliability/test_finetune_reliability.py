@@ -15,7 +15,6 @@ from made_up_tasks import write_glue
 from safetensors.torch import load_file
 
 import finetune
-from support.results import update_results
 
 
 @pytest.fixture
@@ -27,7 +26,9 @@ def argv(checkpoint, tmp_path) -> list[str]:
 
 
 def stored(output: Path) -> list[dict]:
-    return json.loads((output / "results.json").read_text())
+    """All results by seed, each with its folder."""
+    results = [json.loads(path.read_text()) | {"folder": path.parent} for path in output.glob("*/[!.]*/result.json")]
+    return sorted(results, key=lambda result: result["seed"])
 
 
 def test_an_interrupted_run_continues_with_the_same_command(argv, tmp_path, capsys, monkeypatch):
@@ -44,7 +45,8 @@ def test_an_interrupted_run_continues_with_the_same_command(argv, tmp_path, caps
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and "run the same command again" in message
     (first,) = stored(tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out").iterdir() if path.is_dir()] == [Path(first["folder"]).parent.name]
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_dir()] == [
+        first["folder"].parent, first["folder"]]
     assert finetune.main([*argv, "--seeds", "0", "1"]) == 0
     assert [entry["seed"] for entry in stored(tmp_path / "out")] == [0, 1] and len(calls) == 3
     assert stored(tmp_path / "out")[0] == first
@@ -62,17 +64,14 @@ def test_a_failure_is_one_line_and_leaves_no_partial_model(error, code, hint, ar
     assert finetune.main(argv) == code
     message = capsys.readouterr().err
     assert message.startswith("finetune.py: ") and message.count("\n") == 1 and hint in message
-    assert stored(tmp_path / "out") == []
-    assert [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()] == ["results.json"]
-    assert not list((tmp_path / "out").glob("*/*"))
+    assert not list((tmp_path / "out").glob("*/[!.]*"))
 
 
 def test_a_killed_run_loses_only_the_result_it_was_computing(argv, tmp_path):
     command = [sys.executable, str(ROOT / "finetune.py"), *argv, "--seeds", *map(str, range(40))]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    results_file = tmp_path / "out" / "results.json"
     deadline = time.monotonic() + 60
-    while not (results_file.is_file() and stored(tmp_path / "out")) and time.monotonic() < deadline:
+    while not stored(tmp_path / "out") and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -82,16 +81,7 @@ def test_a_killed_run_loses_only_the_result_it_was_computing(argv, tmp_path):
     assert finetune.main([*argv, "--seeds", *seeds]) == 0
     assert stored(tmp_path / "out")[:-1] == before
     for entry in stored(tmp_path / "out"):
-        assert (Path(entry["folder"]) / "model.safetensors").is_file()
-
-
-def test_results_are_replaced_atomically(tmp_path):
-    update_results(tmp_path, add=[{"model": "m", "task": "t", "seed": 0, "metrics": {}, "folder": "", "seconds": 0,
-                                   "settings": {}}])
-    before = (tmp_path / "results.json").read_text()
-    with pytest.raises(TypeError):
-        update_results(tmp_path, add=[{"b": object()}])  # cannot be written as JSON
-    assert (tmp_path / "results.json").read_text() == before
+        assert (entry["folder"] / "model.safetensors").is_file()
 
 
 def test_two_calls_at_a_time_keep_each_others_results(argv, tmp_path, monkeypatch):
@@ -104,7 +94,7 @@ def test_two_calls_at_a_time_keep_each_others_results(argv, tmp_path, monkeypatc
 
     monkeypatch.setattr(finetune, "read_task", meanwhile)
     assert finetune.main([*argv, "--seeds", "0"]) == 0
-    assert [entry["seed"] for entry in stored(tmp_path / "out")] == [1, 0]
+    assert [entry["seed"] for entry in stored(tmp_path / "out")] == [0, 1]
 
 
 def test_the_program_exits_with_2_after_a_one_line_error(tmp_path):
@@ -124,12 +114,12 @@ def test_several_processes_share_the_jobs(checkpoint, tmp_path):
                           timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("dev, percent") == 1
-    one, two = (sorted(stored(tmp_path / name), key=lambda entry: entry["seed"]) for name in ("one", "two"))
+    one, two = (stored(tmp_path / name) for name in ("one", "two"))
     assert [entry["seed"] for entry in two] == [0, 1, 2]
     for entry, other in zip(one, two, strict=True):
         assert entry["metrics"] == other["metrics"]
-        first, second = (load_file(Path(e["folder"]) / "model.safetensors") for e in (entry, other))
+        first, second = (load_file(e["folder"] / "model.safetensors") for e in (entry, other))
         for name, tensor in first.items():  # up to rounding, because the numbers of threads differ
             torch.testing.assert_close(second[name], tensor, rtol=0, atol=1e-6, msg=name)
-    heads = [load_file(Path(entry["folder"]) / "model.safetensors")["classifier.weight"] for entry in one]
+    heads = [load_file(entry["folder"] / "model.safetensors")["classifier.weight"] for entry in one]
     assert not torch.allclose(heads[0], heads[1], rtol=0, atol=1e-3)  # seeds differ by far more than rounding
