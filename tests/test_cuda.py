@@ -7,6 +7,7 @@ file as a program of its own, which runs all cases and prints the error of each.
 
 import ctypes
 import dataclasses
+import functools
 import gc
 import json
 import os
@@ -108,8 +109,10 @@ def prepare_for_fake_tensors():
         assert tensor.device.type == "cpu", "a device has no numpy arrays"
         return np.zeros(tensor.shape, np.float32)
 
-    safetensors.torch.load, safetensors.torch.load_file = map(
-        real_tensors, (safetensors.torch.load, safetensors.torch.load_file))
+    torch_load = real_tensors(functools.partial(torch.load, map_location="cpu", weights_only=True))
+    torch.load = lambda stream, map_location, weights_only: moved(torch_load(stream), map_location)
+    torch.save = lambda values, stream: None
+    safetensors.torch.load_file = real_tensors(safetensors.torch.load_file)
     safetensors.torch.save = lambda *_, **__: b""
     torch.nn.Module.to = move
     FakeTensor.numpy = to_numpy
@@ -150,20 +153,15 @@ CASES = {
 }
 
 
-def on_cpu(value):
+def moved(value, device: str | torch.device = "cpu"):
+    """Tensors, and batches, lists and dictionaries of tensors, on a device."""
     if isinstance(value, torch.Tensor):
-        return value.cpu()
+        return value.to(device)
     if isinstance(value, data.Batch):
-        return data.Batch(*map(on_cpu, vars(value).values()))
+        return data.Batch(*(moved(tensor, device) for tensor in vars(value).values()))
     if isinstance(value, dict):
-        return {name: on_cpu(each) for name, each in value.items()}
-    return type(value)(map(on_cpu, value)) if isinstance(value, (list, tuple)) else value
-
-
-def restore_on_cpu(module, optimizer, tensors, restore=run_folder.restore_moments):
-    restore(module, optimizer, tensors)
-    for state in optimizer.state.values():
-        state |= on_cpu(state)
+        return {name: moved(each, device) for name, each in value.items()}
+    return type(value)(moved(each, device) for each in value) if isinstance(value, (list, tuple)) else value
 
 
 ONE_STEP = distill_run("--align-heads", "--compensate", "--alpha-attn", "0", "--steps", "1")
@@ -172,9 +170,8 @@ FAULTS = {  # the run that must fail, and the function whose result is on the CP
     "a loss": (ONE_STEP, distill, "mean_mse", lambda *_: torch.zeros(1)),
     "the kept units": (ONE_STEP, prune, "choose_units", None),
     "aligned heads": (ONE_STEP, align_heads, "balancing_transforms", None),
-    "a fit": (ONE_STEP, compensate.Moments, "fit", None),
-    "the moments of a checkpoint": (resumed_run, run_folder, "restore_moments", restore_on_cpu),
-    "the statistics of a checkpoint": (resumed_run, run_folder, "with_prefix", None),
+    "a fit": (ONE_STEP, compensate.Place, "fit", None),
+    "a checkpoint": (resumed_run, run_folder, "load_newest", None),
     "rows of a task": (fine_tuning, finetune, "make_batch", None),
 }
 
@@ -202,7 +199,7 @@ def main(folder: Path):
     session.evaluate = lambda *_: {}
     for name, (run, owner, attribute, fault) in FAULTS.items():
         real = getattr(owner, attribute)
-        setattr(owner, attribute, fault or (lambda *args, real=real, **kwargs: on_cpu(real(*args, **kwargs))))
+        setattr(owner, attribute, fault or (lambda *args, real=real, **kwargs: moved(real(*args, **kwargs))))
         attempt(name, run)
         setattr(owner, attribute, real)
     print(json.dumps(errors), flush=True)
