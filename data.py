@@ -50,7 +50,7 @@ class MaskedRows:
         self.text = tokens[: self.count * (seq_length - 2)].reshape(self.count, seq_length - 2)  # (count,S-2), a view
         self.seq_length = seq_length
         self.masked = max(1, round(masked_fraction * (seq_length - 2)))  # m
-        self.cls, self.sep, self.mask = (tokenizer.token_to_id(t) for t in ("[CLS]", "[SEP]", "[MASK]"))
+        self.cls, self.sep, self.mask = (tokenizer.token_to_id(tokenizer.special[t]) for t in ("cls", "sep", "mask"))
         self.vocab_size = tokenizer.get_vocab_size()
         self.shuffled, self.order = None, None  # (seed, epoch) and the order of the rows in that epoch
 

@@ -24,13 +24,23 @@ class Example(NamedTuple):
 
 @dataclasses.dataclass(slots=True)
 class Row:
-    """[CLS] a [SEP] or [CLS] a [SEP] b [SEP], without padding. SQuAD: a is the question, b a part of its context."""
+    """[CLS] a [SEP] or [CLS] a [SEP] b [SEP], without padding, or what the tokenizer's template has in place of these.
+    SQuAD: a is the question, b a part of its context."""
 
     ids: np.ndarray  # (S,) token ids
     first_length: int  # tokens in "[CLS] a [SEP]"
     label: int | float | tuple[int, int]  # class, score, or first and last token of the answer
     example: Example
     offsets: np.ndarray | None = None  # SQuAD: (tokens of b, 2), the characters start:end of each in the context
+    second_type: int = 1  # token type of b and what follows
+
+
+def pair_template(tokenizer) -> tuple[list[int], list[int], list[int], int]:
+    """What the tokenizer adds to a pair, "head a middle b tail", as token ids; and the token type of b. A single text
+    becomes "head a tail". XLM-R's middle is two separators, and its type of b is 0."""
+    length, pair = len(tokenizer.encode("a", add_special_tokens=False)), tokenizer.encode("a", "a")
+    a, b = pair.sequence_ids.index(0), pair.sequence_ids.index(1)
+    return pair.ids[:a], pair.ids[a + length : b], pair.ids[b + length :], pair.type_ids[b]
 
 
 def tokenise(texts: list[str], tokenizer) -> Iterator[Encoding]:
@@ -55,6 +65,6 @@ def make_batch(rows: list[Row], config: BertConfig, device) -> list[torch.Tensor
     columns = torch.arange(ids.shape[1])
     mask = columns < torch.tensor([[len(row.ids)] for row in rows])  # (B,S)
     types = mask & (columns >= torch.tensor([[row.first_length] for row in rows]))  # (B,S)
-    types = types.long() * (config.type_vocab_size > 1)  # some models have a single type
+    types = types.long() * min(rows[0].second_type, config.type_vocab_size - 1)  # some models have a single type
     labels = torch.tensor([row.label for row in rows])
     return [tensor.to(device, non_blocking=True) for tensor in (ids, types, mask, labels)]

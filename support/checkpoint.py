@@ -7,14 +7,15 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from tokenizers import BertWordPieceTokenizer, Tokenizer, normalizers
+from tokenizers import BertWordPieceTokenizer, Tokenizer, models, normalizers, processors
 
 from model import ACTIVATIONS, Bert, BertConfig
 from support.errors import InputError, one_line
 from support.files import read_json
 from support.hub import WEIGHT_FILES
 
-SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # BERT's names; others come from tokenizer_config.json
+BERT_TOKENS = {token.strip("[]").lower(): token for token in SPECIAL_TOKENS}  # {"pad": "[PAD]", ...}
 
 # Tensors in checkpoints that are not weights of model.py: a buffer, and the heads of other tasks.
 UNUSED = r"bert\.embeddings\.position_ids|cls\.seq_relationship\.|bert\.(classifier|qa_outputs)\."
@@ -112,11 +113,16 @@ def save_model(model: Bert, folder: Path):
 
 
 def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
-    """The WordPiece tokenizer in `folder`, from tokenizer.json or from vocab.txt. Raises InputError."""
-    path, config = Path(folder) / "tokenizer.json", Path(folder) / "tokenizer_config.json"
+    """The tokenizer in `folder`, from tokenizer.json, or WordPiece from vocab.txt. Its attribute `special` maps the
+    roles cls, sep, mask, pad and unk to the names of the special tokens. Raises InputError."""
+    path, settings = Path(folder) / "tokenizer.json", {}
+    for name in ("config.json", "special_tokens_map.json", "tokenizer_config.json"):  # the last has precedence
+        if (Path(folder) / name).is_file():
+            settings |= {key: value for key, value in read_json(Path(folder) / name).items() if value is not None}
     if not path.is_file():
-        path = Path(folder) / "vocab.txt"
-    settings = read_json(config) if config.is_file() else {}
+        path, kind = Path(folder) / "vocab.txt", settings.get("tokenizer_class", "BertTokenizer")
+        if kind not in ("BertTokenizer", "BertTokenizerFast"):
+            raise InputError(f"{path} alone does not define a {kind}; a tokenizer.json is needed beside it")
     try:
         if path.suffix == ".json":
             tokenizer = Tokenizer.from_file(str(path))
@@ -130,9 +136,17 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
         raise InputError(f"{path} is not a tokenizer: {one_line(error)}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    missing = [token for token in SPECIAL_TOKENS if tokenizer.token_to_id(token) is None]
+    tokenizer.special = {}
+    for role, token in BERT_TOKENS.items():
+        token = settings.get(f"{role}_token", token)
+        tokenizer.special[role] = str(token.get("content") if isinstance(token, dict) else token)
+    missing = [token for token in tokenizer.special.values() if tokenizer.token_to_id(token) is None]
     if missing:
-        raise InputError(f"{path}: {', '.join(missing)} not in the vocabulary; a BERT tokenizer has them")
+        raise InputError(f"{path}: {', '.join(missing)} not in the vocabulary; tokenizer_config.json must name the "
+                         "special tokens, unless they are BERT's")
+    if not tokenizer.num_special_tokens_to_add(is_pair=True):  # then the template of rows and pairs is BERT's
+        ends = ((tokenizer.special[role], tokenizer.token_to_id(tokenizer.special[role])) for role in ("sep", "cls"))
+        tokenizer.post_processor = processors.BertProcessing(*ends)
     largest = max(tokenizer.get_vocab().values())
     if largest >= vocab_size:
         raise InputError(f"{path}: token id {largest} is outside the model's vocabulary of {vocab_size}; "
@@ -144,19 +158,25 @@ def wordpiece_tokenizer(vocab: dict[str, int], lowercase=True, strip_accents=Non
     """BERT's tokenizer for a vocabulary: clean text, split at spaces and punctuation, longest pieces first."""
     tokenizer = BertWordPieceTokenizer(vocab or None, lowercase=lowercase, strip_accents=strip_accents,
                                        handle_chinese_chars=split_chinese)
-    return Tokenizer.from_str(tokenizer.to_str())
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    tokenizer.special = BERT_TOKENS
+    return tokenizer
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int):
-    """Write tokenizer.json, tokenizer_config.json and vocab.txt as the AutoTokenizer of `transformers` expects them."""
+    """Write tokenizer.json, tokenizer_config.json and, for WordPiece, vocab.txt as the AutoTokenizer of `transformers`
+    expects them."""
     folder = Path(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
-    vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    (folder / "vocab.txt").write_text("".join(f"{word}\n" for word, _ in vocab), encoding="utf-8")
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length}
-    settings |= {f"{token.strip('[]').lower()}_token": token for token in SPECIAL_TOKENS}  # such as pad_token
-    rules = tokenizer.normalizer
-    if isinstance(rules, normalizers.BertNormalizer):  # transformers rebuilds it from these, not from tokenizer.json
+    is_wordpiece, rules = isinstance(tokenizer.model, models.WordPiece), tokenizer.normalizer
+    if is_wordpiece:
+        vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+        (folder / "vocab.txt").write_text("".join(f"{word}\n" for word, _ in vocab), encoding="utf-8")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length,
+                "model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
+    settings |= {f"{role}_token": token for role, token in tokenizer.special.items()}
+    if is_wordpiece and isinstance(rules, normalizers.BertNormalizer):
+        # transformers rebuilds it from these, not from tokenizer.json
         settings |= {"tokenizer_class": "BertTokenizer", "do_lower_case": rules.lowercase,
                      "strip_accents": rules.strip_accents, "tokenize_chinese_chars": rules.handle_chinese_chars}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from support.batches import Example, Row, tokenise
+from support.batches import Example, Row, pair_template, tokenise
 from support.errors import InputError, one_line
 from support.hub import hub_files
 from support.squad import read_squad
@@ -51,16 +51,17 @@ GLUE_AVERAGE = [key for key, task in TASKS.items() if task.kind != "span" and ke
 
 def encode(examples: list[Example], tokenizer, max_length: int) -> list[Row]:
     """Rows of at most `max_length` tokens. In a pair that is too long the longer text is truncated first."""
-    cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
+    head, middle, tail, second_type = pair_template(tokenizer)
     columns = [tokenise(column, tokenizer) for column in zip(*(example.texts for example in examples), strict=True)]
     rows = []
     for example, a, *second in zip(examples, *columns, strict=True):
         a, b = a.ids, second[0].ids if second else []
-        room = max_length - 2 - len(second)  # without [CLS] and [SEP]
+        room = max_length - len(head) - len(tail) - len(middle) * len(second)  # without [CLS] and [SEP]
         if len(a) + len(b) > room:
             a = a[: max(room - len(b), room - room // 2)]
-        ids = [cls, *a, sep] + ([*b[: room - len(a)], sep] if second else [])
-        rows.append(Row(np.array(ids, np.int32), len(a) + 2, example.label, example))
+        first, rest = [*head, *a, *(middle if second else tail)], [*b[: room - len(a)], *tail] if second else []
+        ids = np.array(first + rest, np.int32)
+        rows.append(Row(ids, len(first), example.label, example, second_type=second_type))
     return rows
 
 

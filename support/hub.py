@@ -22,7 +22,8 @@ def find_model(name: str) -> Path:
         tokenizer = [file for file in ("vocab.txt", "tokenizer.json") if file in files]
         if not weights or not tokenizer or "config.json" not in files:
             raise InputError(f"{name} on the hub lacks config.json, a tokenizer or {' or '.join(WEIGHT_FILES)}")
-        return [*weights, *tokenizer, "config.json", *({"tokenizer_config.json"} & set(files))]
+        optional = {"tokenizer_config.json", "special_tokens_map.json"}
+        return [*weights, *tokenizer, "config.json", *(optional & set(files))]
 
     return Path(name if os.path.isdir(name) else hub_files(name, "model", wanted)[0])
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from support.batches import Example, Row, tokenise
+from support.batches import Example, Row, pair_template, tokenise
 from support.errors import InputError, one_line
 
 # All three are BERT's values, in tokens.
@@ -49,7 +49,8 @@ def make_windows(questions: list[Example], tokenizer, max_length: int, training:
     For training the first answer is labelled, or else the [CLS] token, 0, 0, if the window does not hold all of it. A
     question whose answer is not found at `answer_start` is then dropped.
     """
-    cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
+    head, middle, tail, second_type = pair_template(tokenizer)
+    free = max_length - len(head) - len(middle) - len(tail)
     windows, misplaced = [], 0
     texts, contexts = zip(*(question.texts for question in questions), strict=True)
     contexts = list(dict.fromkeys(contexts))  # most have several questions
@@ -57,8 +58,8 @@ def make_windows(questions: list[Example], tokenizer, max_length: int, training:
                for context, encoding in zip(contexts, tokenise(contexts, tokenizer), strict=True)}
     for question, text in zip(questions, tokenise(texts, tokenizer), strict=True):
         context, offsets = encoded[question.texts[1]]
-        ids = text.ids[: min(MAX_QUESTION_TOKENS, (max_length - 3) // 2)]
-        room, first_length = max_length - 3 - len(ids), len(ids) + 2
+        ids = text.ids[: min(MAX_QUESTION_TOKENS, free // 2)]
+        room, first_length = free - len(ids), len(head) + len(ids) + len(middle)
         first, last = -1, -1  # tokens of the context that overlap the answer
         if training and question.label:
             answer, begin = question.label[0]
@@ -70,8 +71,8 @@ def make_windows(questions: list[Example], tokenizer, max_length: int, training:
         for start in itertools.count(0, min(STRIDE, room)):
             shift, end = first_length - start, start + room
             label = (first + shift, last + shift) if start <= first and last < end else (0, 0)
-            row = np.array([cls, *ids, sep, *context[start:end], sep], np.int32)
-            windows.append(Row(row, first_length, label, question, offsets[start:end]))
+            row = np.array([*head, *ids, *middle, *context[start:end], *tail], np.int32)
+            windows.append(Row(row, first_length, label, question, offsets[start:end], second_type))
             if end >= len(context):
                 break
     if misplaced:
@@ -81,7 +82,7 @@ def make_windows(questions: list[Example], tokenizer, max_length: int, training:
 
 def best_span(window: Row, scores: np.ndarray) -> tuple[float, str]:
     """Score and text of the best span in one window, at most MAX_ANSWER_TOKENS long; -inf, "" without a context."""
-    first, last = scores[window.first_length : len(window.ids) - 1].T  # (T,) each: the tokens of the context
+    first, last = scores[window.first_length :][: len(window.offsets)].T  # (T,) each: the tokens of the context
     if not len(first):
         return -np.inf, ""
     padded = np.pad(last, (0, MAX_ANSWER_TOKENS - 1), constant_values=-np.inf)

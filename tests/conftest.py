@@ -1,6 +1,7 @@
 """Fixtures of several test files: a small vocabulary, a small text, a small BERT, and checks for one-line errors."""
 
 import contextlib
+import json
 import os
 import random
 import re
@@ -15,6 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors  # noqa: E402
 
 from model import Bert, BertConfig  # noqa: E402
 from support.checkpoint import SPECIAL_TOKENS, save_model, save_tokenizer, wordpiece_tokenizer  # noqa: E402
@@ -86,6 +88,30 @@ def checkpoint(tmp_path_factory, tokenizer) -> Path:
         max_position_embeddings=64, initializer_range=0.2))
     save_model(bert, folder)
     save_tokenizer(tokenizer, folder, 64)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def xlmr_checkpoint(tmp_path_factory) -> Path:
+    """A BERT with an XLM-R tokenizer, as multilingual-e5-small has it: Unigram, "<s> a </s> </s> b </s>", and fewer
+    entries than the model."""
+    folder = tmp_path_factory.mktemp("xlmr")
+    pieces = ["<s>", "<pad>", "</s>", "<unk>", *(f"▁{word}" for word in WORDS if len(word) > 1), "▁", *LETTERS]
+    tokenizer = Tokenizer(models.Unigram([(piece, -i / 10) for i, piece in enumerate(pieces)] + [("<mask>", 0.0)], 3))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")])
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.add_special_tokens([*pieces[:4], AddedToken("<mask>", lstrip=True, special=True)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {"cls_token": "<s>", "sep_token": "</s>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
+             "pad_token": "<pad>", "mask_token": {"__type": "AddedToken", "content": "<mask>", "lstrip": True}}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "XLMRobertaTokenizer"} | names))
+    torch.manual_seed(0)
+    save_model(Bert(BertConfig(
+        vocab_size=tokenizer.get_vocab_size() + 7, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+        intermediate_size=64, max_position_embeddings=64)), folder)
     return folder
 
 

@@ -107,6 +107,17 @@ MUTANTS = [
     ("support/corpus.py", "            write_atomically(record, json.dumps(meta))",
      "            record.write_text(json.dumps(meta))", "crash_consistency", "tokenising"),
     ("support/corpus.py", "                os.fsync(stream.fileno())", "                pass", "crash_consistency", "tokenising"),
+    # tokenizers
+    ("support/checkpoint.py", 'settings.get(f"{role}_token", token)', "token", "checkpoint", "xlmr"),
+    ("support/checkpoint.py", '"special_tokens_map.json", "tok', '"tok', "checkpoint", "xlmr"),
+    ("support/checkpoint.py", 'if kind not in ("BertTokenizer"', 'if False and kind not in ("BertTokenizer"', "checkpoint", "another_tokenizer"),
+    ("support/checkpoint.py", '("config.json", "special', '("special', "checkpoint", "another_tokenizer"),
+    ("support/checkpoint.py", "tokenizer.post_processor = processors.BertProcessing(*ends)", "pass", "checkpoint", "without_a_template"),
+    ("support/checkpoint.py", "for role, token in tokenizer.special.items()}", "for role, token in BERT_TOKENS.items()}", "checkpoint", "xlmr"),
+    ("support/checkpoint.py", '"input_ids", "token_type_ids", "attention_mask"', '"input_ids", "attention_mask"', "checkpoint", "other_than_berts"),
+    ("support/glue.py", "*(middle if second else tail)", "*tail", "finetune", "rows_equal"),
+    ("support/glue.py", "second_type=second_type", "second_type=1", "finetune", "rows_equal"),
+    ("support/squad.py", "*ids, *middle, *context", "*ids, *tail, *context", "squad", "xlmr"),
     # evaluation
     ("support/evaluation.py", "F.kl_div(log_q, log_p", "F.kl_div(log_p, log_q", "distill", "evaluations_are_means"),
     ("support/evaluation.py", 'reduction="none").sum(-1)', 'reduction="none").sum(-1) / 2', "distill",

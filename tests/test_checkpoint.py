@@ -16,7 +16,15 @@ from tokenizers import Tokenizer, normalizers
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
 from model import Bert, BertConfig
-from support.checkpoint import SPECIAL_TOKENS, load_model, load_tokenizer, save_model, save_tokenizer
+from support.checkpoint import (
+    SPECIAL_TOKENS,
+    load_config,
+    load_model,
+    load_tokenizer,
+    save_config,
+    save_model,
+    save_tokenizer,
+)
 
 # ---- Exchange with transformers ------------------------------------------------------------------------------
 
@@ -428,10 +436,62 @@ def test_saved_tokenizer_loads_in_transformers_with_its_settings(checkpoint, tok
 
 def test_normalizer_other_than_berts_is_saved_for_transformers(tokenizer, tmp_path):
     mine = Tokenizer.from_str(tokenizer.to_str())
+    mine.special = tokenizer.special
     mine.normalizer = normalizers.Sequence([normalizers.Replace("k", "q"), normalizers.Lowercase()])
     save_tokenizer(mine, tmp_path, 64)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert theirs("the king")["input_ids"] == mine.encode("the king").ids != tokenizer.encode("the king").ids
+    assert theirs("old", "sea")["token_type_ids"] == mine.encode("old", "sea").type_ids == [0, 0, 0, 1, 1]
+
+
+XLMR_TOKENS = {"pad": "<pad>", "unk": "<unk>", "cls": "<s>", "sep": "</s>", "mask": "<mask>"}
+
+
+@pytest.mark.parametrize("names, kind", [
+    ("tokenizer_config.json", "XLMRobertaTokenizer"), ("tokenizer_config.json", "PreTrainedTokenizerFast"),
+    ("special_tokens_map.json", "PreTrainedTokenizerFast")])
+def test_xlmr_tokenizer_of_a_bert_equals_that_of_transformers_and_is_saved_for_it(
+        xlmr_checkpoint, tmp_path, names, kind):
+    folder = shutil.copytree(xlmr_checkpoint, tmp_path / "teacher")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / names).write_text(json.dumps(settings))
+    (folder / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": kind} | (settings if names == "tokenizer_config.json" else {})))
+    ours = load_tokenizer(folder, load_config(folder).vocab_size)
+    assert ours.special == XLMR_TOKENS
+    student = tmp_path / "student"
+    student.mkdir()
+    save_config(load_config(folder), student, "BertModel")
+    save_tokenizer(ours, student, 64)
+    assert load_tokenizer(student, 1000).special == XLMR_TOKENS and not (student / "vocab.txt").exists()
+    original, saved = (transformers.AutoTokenizer.from_pretrained(path) for path in (folder, student))
+    for texts in (["the king <mask> zebra, 中 old"], ["the river", "a new sea"], [""]):
+        assert ours.encode(*texts).ids == original(*texts)["input_ids"] == saved(*texts)["input_ids"]
+    assert set(saved("the river", "a new sea")["token_type_ids"]) == {0}
+    for role, token in XLMR_TOKENS.items():
+        assert getattr(original, f"{role}_token") == getattr(saved, f"{role}_token") == token
+        assert getattr(original, f"{role}_token_id") == getattr(saved, f"{role}_token_id")
+    assert set(saved.all_special_ids) == set(original.all_special_ids)
+
+
+def test_tokenizer_without_a_template_for_special_tokens_gets_that_of_bert(tokenizer, tmp_path):
+    content = json.loads(tokenizer.to_str()) | {"post_processor": None}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    pair = load_tokenizer(tmp_path, 1000).encode("old", "sea")
+    assert pair.tokens == ["[CLS]", "old", "[SEP]", "sea", "[SEP]"] and pair.type_ids == [0, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "config.json"])
+def test_vocab_txt_of_another_tokenizer_is_refused(checkpoint, tmp_path, refused, name):
+    folder = write_vocabulary(tmp_path, VOCAB)
+    (folder / name).write_text(json.dumps({"tokenizer_class": "BertJapaneseTokenizer"}))
+    with refused("vocab.txt alone", "BertJapaneseTokenizer", "tokenizer.json"):
+        load_tokenizer(folder, 1000)
+    shutil.copy(checkpoint / "tokenizer.json", folder)
+    assert load_tokenizer(folder, 1000).special["cls"] == "[CLS]"
+    (folder / "tokenizer.json").unlink()
+    (folder / name).write_text(json.dumps({"tokenizer_class": "BertTokenizerFast"}))
+    assert load_tokenizer(folder, 1000).special["cls"] == "[CLS]"
 
 
 def test_vocabulary_entries_that_are_line_separators_keep_the_ids_of_the_others(tmp_path):
@@ -458,6 +518,9 @@ def test_tokenizer_with_ids_outside_the_models_vocabulary_is_refused(checkpoint,
 def test_vocabulary_without_special_tokens_is_refused(tmp_path, refused):
     with refused("vocab.txt", "[PAD], [MASK] not in the vocabulary"):
         load_tokenizer(write_vocabulary(tmp_path, ["[CLS]", "[UNK]", "[SEP]", "a"]), 10)
+    (tmp_path / "tokenizer_config.json").write_text('{"mask_token": {"content": 3}, "pad_token": {}}')
+    with refused("vocab.txt", "None, 3 not in the vocabulary"):
+        load_tokenizer(tmp_path, 10)
     with refused("vocab.txt", "cls_token not found in the vocabulary"):
         load_tokenizer(write_vocabulary(tmp_path, ["[PAD]", "[UNK]", "[SEP]", "a"]), 10)
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, normalizers
 
 from data import MaskedRows, load_rows
 from support import corpus as corpora
-from support.checkpoint import wordpiece_tokenizer
+from support.checkpoint import load_tokenizer, wordpiece_tokenizer
 from support.corpus import tokenise
 from support.errors import InputError
 
@@ -371,6 +371,14 @@ def test_rows_are_the_running_text_between_cls_and_sep(rows):
     others = torch.ones(3 * S, dtype=torch.bool)
     others[batch.positions] = False
     assert torch.equal(batch.input_ids.view(-1)[others], ids.view(-1)[others])
+
+
+def test_rows_of_an_xlmr_tokenizer_have_its_special_tokens(xlmr_checkpoint):
+    tokenizer = load_tokenizer(xlmr_checkpoint, 1000)
+    batch = MaskedRows(np.full(30, 9), 32, tokenizer, 1.0).batch(np.array([0]), seed=0, step=0)
+    ids = batch.input_ids[0].tolist()
+    mask = tokenizer.token_to_id("<mask>")
+    assert (ids[0], ids[-1]) == (0, 2) and ids.count(mask) > 15 and max(ids) == mask  # the model has 7 ids more
 
 
 @pytest.mark.parametrize("length, fraction, count", [

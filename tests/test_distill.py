@@ -532,6 +532,16 @@ def test_a_run_ends_at_the_target_shape_and_its_student_loads_in_transformers(ru
     assert {p.name for p in output.iterdir()} == {"run.json", "log.jsonl", "student"}
 
 
+def test_a_bert_with_an_xlmr_tokenizer_is_distilled_with_its_special_tokens(xlmr_checkpoint, run):
+    from transformers import AutoTokenizer
+
+    code, output = run("--teacher", xlmr_checkpoint)
+    assert code == 0
+    student, teacher = (AutoTokenizer.from_pretrained(path) for path in (output / "student", xlmr_checkpoint))
+    assert student("the <mask> king", "old")["input_ids"] == teacher("the <mask> king", "old")["input_ids"]
+    assert student.special_tokens_map.items() <= teacher.special_tokens_map.items()
+
+
 def test_a_teacher_without_masked_lm_head_gives_a_student_without_one(run, capsys):
     from transformers import AutoModel
 

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import transformers
 from conftest import WORDS
 from made_up_tasks import write_squad
 
@@ -96,6 +97,17 @@ def one_question(context: str, answer: str | None, start: int | None = None, tex
 ])
 def test_answers_are_copied_from_the_context_exactly(context, answer, tokenizer):
     assert answers_from_labels(one_question(context, answer), tokenizer, 32) == {"q": answer}
+
+
+def test_windows_of_an_xlmr_tokenizer_equal_those_of_transformers(xlmr_checkpoint):
+    tokenizer = load_tokenizer(xlmr_checkpoint, 1000)
+    questions = one_question("the old river, by the sea", "river", text="king of the old")
+    (window,) = make_windows(questions, tokenizer, 32, training=True)
+    theirs = transformers.AutoTokenizer.from_pretrained(xlmr_checkpoint)
+    assert window.ids.tolist() == theirs(questions[0].texts[0], questions[0].texts[1])["input_ids"]
+    assert window.second_type == 0 and len(window.offsets) == len(window.ids) - window.first_length - 1
+    assert answers_from_labels(questions, tokenizer, 32) == {"q": "river"}
+    assert [len(part.ids) for part in make_windows(questions, tokenizer, 14, training=False)] == [14, 9]
 
 
 def test_answers_of_real_text_are_exact(shared):
