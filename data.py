@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from support.corpus import tokenise
+from support.corpus import TEXT, tokenise
 from support.errors import InputError
 
 MASKED_FRACTION = 0.15  # of the tokens of a row; 80 % of these become [MASK], 10 % a random token, 10 % stay
@@ -90,14 +90,14 @@ class MaskedRows:
         return Batch(torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(labels))
 
 
-def load_rows(corpora: list[str], tokenizer: Tokenizer, cache_dir: Path,
-              seq_length: int) -> tuple[MaskedRows, MaskedRows, str]:
+def load_rows(corpora: list[str], tokenizer: Tokenizer, cache_dir: Path, seq_length: int,
+              columns=TEXT) -> tuple[MaskedRows, MaskedRows, str]:
     """The training rows and held-out rows of corpora, and a hash of everything that their tokens depend on.
 
-    The corpora are tokenised into `cache_dir`, or found there. Raises InputError if a corpus cannot be read or the
-    held-out part is shorter than one row.
+    columns: those of a record that hold its text. The corpora are tokenised into `cache_dir`, or found there. Raises
+    InputError if a corpus cannot be read or the held-out part is shorter than one row.
     """
-    tokens = tokenise(corpora, tokenizer, cache_dir)
+    tokens = tokenise(corpora, tokenizer, cache_dir, columns)
     train, heldout = (MaskedRows(part, seq_length, tokenizer) for part in (tokens.train, tokens.heldout))
     if not len(heldout):
         raise InputError(f"the held-out part of the corpus is shorter than one row of {seq_length} tokens: use more "

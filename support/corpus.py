@@ -15,7 +15,7 @@ import shutil
 import sys
 import sysconfig
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +27,8 @@ from support.errors import InputError, one_line
 from support.files import atomic_rename, file_hash, locked, read_json, write_atomically
 from support.hub import hub_files
 
-SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
+SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+TEXT = ("text",)  # the columns of a record that hold its text, unless others are given
 PIECE = 1 << 14  # characters given to the tokenizer as one text; longer documents are split, so that memory is bounded
 RECORD = 1 << 26  # characters; a longer line of .jsonl is refused
 TOKENISE_AT_ONCE = 1 << 21  # characters given to the tokenizer's threads at a time
@@ -69,24 +70,27 @@ def hub_parquet(corpus: str, config: str, names: list[str]) -> list[str]:
     return [name for name in train if os.path.dirname(name) == config]
 
 
-def read_pieces(path: Path, progress: tqdm) -> Iterator[str]:
+def read_pieces(path: Path, progress: tqdm, columns: Sequence[str]) -> Iterator[str]:
     """The text of one file in pieces of at most PIECE characters, in bounded memory. An empty piece ends a document: it
-    stands for a blank line of .txt, and follows every record of .jsonl and .parquet. Raises InputError."""
+    stands for a blank line of .txt, and follows every record of other formats. Raises InputError."""
     position = 0
     try:
         with open(path, "rb") as raw:
             if path.suffix == ".parquet":
                 import pyarrow.parquet
 
-                batches = pyarrow.parquet.ParquetFile(raw).iter_batches(1024, columns=["text"])
-                pieces = record_pieces(path, (record for batch in batches for record in batch.to_pylist()))
+                batches = pyarrow.parquet.ParquetFile(raw).iter_batches(1024, columns=list(columns))
+                records = (record for batch in batches for record in batch.to_pylist())
+                pieces = record_pieces(path, records, columns)
             else:
                 plain = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
                 if b"\0" in plain.peek(4096)[:4096]:
                     raise InputError(f"corpus {path}: binary data, not text")
                 text = io.TextIOWrapper(plain, encoding="utf-8", errors="replace")
-                records = ".jsonl" in path.suffixes[-2:]
-                pieces = record_pieces(path, json_records(text)) if records else txt_pieces(text)
+                if path.name.removesuffix(".gz").endswith((".json", ".jsonl")):
+                    pieces = record_pieces(path, json_records(text, columns), columns)
+                else:
+                    pieces = txt_pieces(text)
             for piece in pieces:
                 progress.update(raw.tell() - position)
                 position = raw.tell()
@@ -102,25 +106,26 @@ def txt_pieces(text: io.TextIOBase) -> Iterator[str]:
         yield "" if starts and complete and line.isspace() else line
 
 
-def json_records(text: io.TextIOBase) -> Iterator[object]:
+def json_records(text: io.TextIOBase, columns: Sequence[str]) -> Iterator[object]:
     while line := text.readline(RECORD):
         try:
-            yield json.loads(line) if line.strip() else {"text": ""}
+            yield json.loads(line) if line.strip() else dict.fromkeys(columns)
         except (ValueError, RecursionError):
             yield None  # refused below
 
 
-def record_pieces(source: object, records: Iterable[object]) -> Iterator[str]:
-    """Field `text` of every record, or nothing if it is null, in pieces, and then an empty piece. Raises InputError."""
+def record_pieces(source: object, records: Iterable[object], columns: Sequence[str] = TEXT) -> Iterator[str]:
+    """The columns of every record that are not null, a line each, in pieces, and then an empty piece. Raises
+    InputError."""
     for number, record in enumerate(records, 1):
-        match record:
-            case {"text": str() | None as text}:
-                # JSON can contain half a surrogate pair, which is not text
-                text = (text or "").encode(errors="replace").decode() + "\n"
-                yield from (text[i : i + PIECE] for i in range(0, len(text), PIECE))
-                yield ""
-            case _:
-                raise InputError(f"corpus {source}, record {number}: not an object with a string in field 'text'")
+        for column in columns:
+            if not isinstance(record, dict) or not isinstance(record.get(column, 0), str | None):
+                raise InputError(f"corpus {source}, record {number}: not an object with a string in field {column!r}; "
+                                 "--text-column names the columns that hold the text")
+        # JSON can contain half a surrogate pair, which is not text
+        text = "\n".join(filter(None, map(record.get, columns))).encode(errors="replace").decode() + "\n"
+        yield from (text[i : i + PIECE] for i in range(0, len(text), PIECE))
+        yield ""
 
 
 def demo_documents() -> Iterator[str]:
@@ -136,18 +141,18 @@ def demo_documents() -> Iterator[str]:
             yield "\n".join(filter(None, map(ast.get_docstring, owners)))
 
 
-def numbered_pieces(files: list[Path], demo: bool) -> Iterator[tuple[int, str]]:
+def numbered_pieces(files: list[Path], demo: bool, columns: Sequence[str] = TEXT) -> Iterator[tuple[int, str]]:
     """The text of a corpus in pieces of at most PIECE characters, each with the number of its document. Shows progress.
 
     What counts as a document decides what can be held out without having its other half in the training text. A record
-    of .jsonl and .parquet is a document, and a blank line ends one in .txt. WikiText has many blank lines and records
+    of .jsonl or .parquet is a document, and a blank line ends one in .txt. WikiText has many blank lines and records
     in one article: once a file has shown an article's heading, only another such heading starts a document.
     """
     number = 0
     with tqdm(total=sum(file.stat().st_size for file in files), unit="B", unit_scale=True, desc="tokenise",
               disable=None, leave=False) as progress:
         demo_records = [record_pieces("demo", ({"text": text} for text in demo_documents()))] if demo else []
-        for pieces in [*(read_pieces(file, progress) for file in files), *demo_records]:
+        for pieces in [*(read_pieces(file, progress, columns) for file in files), *demo_records]:
             headings, text = False, ""
             for piece in pieces:
                 heading = HEADING.fullmatch(piece) is not None
@@ -171,14 +176,15 @@ class Tokens(NamedTuple):
     key: str  # the hash of everything that they depend on
 
 
-def corpus_key(files: list[Path], demo: bool, tokenizer: Tokenizer) -> str:
-    """A hash of everything that the cached tokens depend on: contents, tokenizer and the constants above."""
+def corpus_key(files: list[Path], demo: bool, tokenizer: Tokenizer, columns: Sequence[str]) -> str:
+    """A hash of everything that the cached tokens depend on: contents, columns, tokenizer and the constants above."""
     parts = [6, PIECE, TOKENISE_AT_ONCE, HELDOUT_SHARE, HELDOUT_TOKENS, importlib.metadata.version("tokenizers"),
-             tokenizer.to_str(), demo and platform.python_version(), *((file.name, file_hash(file)) for file in files)]
+             tokenizer.to_str(), list(columns), demo and platform.python_version(),
+             *((file.name, file_hash(file)) for file in files)]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
-def tokenise(corpora: list[str], tokenizer: Tokenizer, cache: Path) -> Tokens:
+def tokenise(corpora: list[str], tokenizer: Tokenizer, cache: Path, columns: Sequence[str] = TEXT) -> Tokens:
     """Tokenise corpora into `cache`, or find them there. The tokenizer's threads use all cores; memory is bounded.
 
     A document is held out for evaluation whenever less than HELDOUT_SHARE of the tokens before it are. Raises
@@ -186,7 +192,7 @@ def tokenise(corpora: list[str], tokenizer: Tokenizer, cache: Path) -> Tokens:
     """
     files, demo = corpus_files(corpora), "demo" in corpora
     try:
-        key = corpus_key(files, demo, tokenizer)
+        key = corpus_key(files, demo, tokenizer, columns)
         folder = Path(cache) / key
         if not folder.is_dir():
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -194,7 +200,7 @@ def tokenise(corpora: list[str], tokenizer: Tokenizer, cache: Path) -> Tokens:
                 if not folder.is_dir():
                     work = folder.with_name(f"{key}.unfinished")
                     try:
-                        write_tokens(files, demo, tokenizer, work)
+                        write_tokens(files, demo, tokenizer, work, columns)
                     except InputError:  # there is nothing to resume
                         shutil.rmtree(work)
                         raise
@@ -207,7 +213,7 @@ def tokenise(corpora: list[str], tokenizer: Tokenizer, cache: Path) -> Tokens:
     return Tokens(*(np.memmap(folder / f"{side}.bin", meta["dtype"], "r") for side in ("train", "heldout")), key)
 
 
-def write_tokens(files: list[Path], demo: bool, tokenizer: Tokenizer, folder: Path):
+def write_tokens(files: list[Path], demo: bool, tokenizer: Tokenizer, folder: Path, columns: Sequence[str]):
     """Write train.bin, heldout.bin and meta.json into `folder`, or resume there after the last recorded block."""
     folder.mkdir(exist_ok=True)
     record = folder / "meta.json"
@@ -220,7 +226,7 @@ def write_tokens(files: list[Path], demo: bool, tokenizer: Tokenizer, folder: Pa
         streams = {"train": train, "heldout": heldout}
         for side, stream in streams.items():  # whatever follows the record is written again
             stream.truncate(meta[side] * np.dtype(meta["dtype"]).itemsize)
-        for block in itertools.islice(blocks(files, demo), meta["blocks"], None):
+        for block in itertools.islice(blocks(files, demo, columns), meta["blocks"], None):
             encodings = tokenizer.encode_batch_fast([text for _, text in block], add_special_tokens=False)
             for (document, text), encoding in zip(block, encodings, strict=True):
                 meta["replaced"] += text.count("\ufffd")
@@ -243,10 +249,10 @@ def write_tokens(files: list[Path], demo: bool, tokenizer: Tokenizer, folder: Pa
                          "can be held out for evaluation")
 
 
-def blocks(files: list[Path], demo: bool) -> Iterator[list[tuple[int, str]]]:
+def blocks(files: list[Path], demo: bool, columns: Sequence[str] = TEXT) -> Iterator[list[tuple[int, str]]]:
     """All numbered pieces that are not blank, in lists of about TOKENISE_AT_ONCE characters."""
     block, size = [], 0
-    for number, text in numbered_pieces(files, demo):
+    for number, text in numbered_pieces(files, demo, columns):
         if not text.strip():
             continue  # a file can be a million blank lines
         block.append((number, text))

@@ -39,8 +39,11 @@ WIKIPEDIA = "hub:wikimedia/wikipedia:20231101.en"
 DATA_FLAGS = (
     Flag("--teacher", None, str, "Folder or hub name of the BERT to distil. Without it, the bundled teacher is "
          "distilled with --preset demo."),
-    Flag("--corpus", [WIKIPEDIA], list, "Training text: .txt, .jsonl (field text), both also .gz, .parquet (column "
-         "text), folders of these, hub:OWNER/NAME:CONFIG, or demo, the documentation that comes with Python."),
+    Flag("--corpus", [WIKIPEDIA], list, "Training text: .txt, .jsonl or .json with an object a line, all of these "
+         "also .gz, .parquet, folders of these, hub:OWNER/NAME:CONFIG, or demo, the documentation that comes with "
+         "Python."),
+    Flag("--text-column", ["text"], list, "Columns of .parquet and fields of .jsonl that hold the text. Several are "
+         "joined by line breaks to one document."),
     Flag("--seq-length", 128, number(int, 8, 10**6), "Tokens per row."),
     Flag("--cache-dir", str(Path.home() / ".cache" / "homotopic-distillation"), str, "Folder for tokenised text."),
 )

@@ -74,7 +74,7 @@ class Session:
             raise InputError(f"--seq-length {args.seq_length} exceeds the teacher's {config.max_position_embeddings}")
         self.tokenizer = checkpoint.load_tokenizer(folder, config.vocab_size)
         self.rows, self.heldout, corpus_key = data.load_rows(args.corpus, self.tokenizer, Path(args.cache_dir),
-                                                             args.seq_length)
+                                                             args.seq_length, args.text_column)
         if not WORLD <= args.batch_size <= len(self.rows):
             raise InputError(f"--batch-size {args.batch_size} must be from {WORLD}, the number of processes, to "
                              f"{len(self.rows)}, the rows of {args.seq_length} tokens in the corpus")

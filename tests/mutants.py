@@ -107,6 +107,10 @@ MUTANTS = [
     ("support/corpus.py", "            write_atomically(record, json.dumps(meta))",
      "            record.write_text(json.dumps(meta))", "crash_consistency", "tokenising"),
     ("support/corpus.py", "                os.fsync(stream.fileno())", "                pass", "crash_consistency", "tokenising"),
+    ("support/corpus.py", "tokenizer.to_str(), list(columns)", "tokenizer.to_str()", "data", "columns"),
+    ("support/corpus.py", '"\\n".join(filter(None, map(record.get, columns)))', 'str(record[columns[0]])', "data", "columns"),
+    ("support/corpus.py", 'endswith((".json", ".jsonl"))', 'endswith(".jsonl")', "data", "all_file_formats"),
+    ("support/session.py", "args.seq_length, args.text_column)", "args.seq_length)", "distill", "text_column"),
     # tokenizers
     ("support/checkpoint.py", 'settings.get(f"{role}_token", token)', "token", "checkpoint", "xlmr"),
     ("support/checkpoint.py", '"special_tokens_map.json", "tok', '"tok', "checkpoint", "xlmr"),

@@ -26,7 +26,7 @@ def write_corpus(path, documents, separator="\n\n"):
     if path.suffix == ".parquet":
         parquet.write_table(pa.table({"id": range(len(documents)), "text": documents}), path, row_group_size=7)
         return path
-    if ".jsonl" in path.name:
+    if ".json" in path.name:
         content = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(documents))
     else:
         content = separator.join(documents)
@@ -57,11 +57,12 @@ def test_all_file_formats_give_the_same_documents_and_tokens(tmp_path, documents
 def test_folders_are_read_recursively_and_corpora_in_the_given_order(tmp_path, documents):
     folder = tmp_path / "many" / "deeper"
     folder.mkdir(parents=True)
-    parts = [documents[i * 24 : (i + 1) * 24] for i in range(5)]
+    parts = [documents[i * 20 : (i + 1) * 20] for i in range(7)]
+    parts[6] = ["the king"]
     for i, suffix in enumerate(corpora.SUFFIXES):
         write_corpus(folder / f"{i}{suffix}", parts[i])
     (folder / "README.md").write_text("not a corpus")
-    assert read(tmp_path / "many") == documents
+    assert read(tmp_path / "many") == [*documents, "the king"]
     assert read(folder / "3.jsonl.gz", folder / "0.txt") == parts[3] + parts[0]
 
 
@@ -79,6 +80,26 @@ def test_parquet_may_have_empty_rows_and_any_string_type(tmp_path):
     for kind in (pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())):
         parquet.write_table(pa.table({"text": pa.array(["a", None, "b", ""]).cast(kind)}), tmp_path / "x.parquet")
         assert read(tmp_path / "x.parquet") == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.parquet"])
+def test_columns_with_text_are_joined_to_one_document(tmp_path, tokenizer, refused, name):
+    columns = {"premise": ["the king", None, "old"], "hypothesis": ["a queen", "sea", ""], "label": [0, 1, 2]}
+    if name == "x.parquet":
+        parquet.write_table(pa.table(columns), tmp_path / name)
+    else:
+        lines = [json.dumps(dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
+        (tmp_path / name).write_text("\n\n".join(lines))
+    found = {}
+    for number, text in corpora.numbered_pieces([tmp_path / name], False, ["premise", "hypothesis"]):
+        found[number] = found.get(number, "") + text
+    assert [text for text in found.values() if text.strip()] == ["the king\na queen\n", "sea\n", "old\n"]
+    keys = [tokenise([str(tmp_path / name)], tokenizer, tmp_path / "cache", given).key
+            for given in (["premise", "hypothesis"], ["hypothesis"], ["premise", "hypothesis"])]
+    assert keys[0] != keys[1] and keys[0] == keys[2]
+    for given, missing in ((["text"], "text"), (["premise", "label"], "label")):
+        with refused(name, "record 1", f"field '{missing}'", "--text-column"):
+            tokenise([str(tmp_path / name)], tokenizer, tmp_path / "cache", given)
 
 
 def test_long_documents_are_read_in_pieces_without_losing_text(tmp_path):
@@ -158,7 +179,7 @@ def test_demo_corpus_is_found_in_the_cache_without_reading_it_again(tmp_path, to
     monkeypatch.setattr(corpora, "demo_documents", lambda: pytest.fail("read again"))
     assert tokenise(["demo"], tokenizer, tmp_path).key == first.key
     monkeypatch.setattr(corpora.platform, "python_version", lambda: "3.99")
-    assert corpora.corpus_key([], True, tokenizer) != first.key
+    assert corpora.corpus_key([], True, tokenizer, corpora.TEXT) != first.key
 
 
 def test_demo_corpus_can_be_combined_with_files(tmp_path, corpus, tokenizer, monkeypatch):

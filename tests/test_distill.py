@@ -542,6 +542,14 @@ def test_a_bert_with_an_xlmr_tokenizer_is_distilled_with_its_special_tokens(xlmr
     assert student.special_tokens_map.items() <= teacher.special_tokens_map.items()
 
 
+def test_text_column_names_the_fields_of_the_corpus(run, folder, tmp_path, capsys):
+    documents = (folder / "text.txt").read_text().split("\n\n")
+    (tmp_path / "x.jsonl").write_text("\n".join(json.dumps({"body": text, "title": "the"}) for text in documents))
+    assert run("--corpus", tmp_path / "x.jsonl", "--text-column", "title", "body")[0] == 0
+    assert run("--corpus", tmp_path / "x.jsonl", "--overwrite")[0] == 2
+    assert "record 1" in capsys.readouterr().err
+
+
 def test_a_teacher_without_masked_lm_head_gives_a_student_without_one(run, capsys):
     from transformers import AutoModel
 
