@@ -16,6 +16,7 @@ number of them, so that the tensors of all batches have the same shape. The mask
 Shape letters: B batch, S sequence, M masked positions in the batch; m = M/B masked positions in a row.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,13 +92,14 @@ class MaskedRows:
 
 
 def load_rows(corpora: list[str], tokenizer: Tokenizer, cache_dir: Path, seq_length: int,
-              columns=TEXT) -> tuple[MaskedRows, MaskedRows, str]:
+              columns=TEXT, limit=math.inf) -> tuple[MaskedRows, MaskedRows, str]:
     """The training rows and held-out rows of corpora, and a hash of everything that their tokens depend on.
 
-    columns: those of a record that hold its text. The corpora are tokenised into `cache_dir`, or found there. Raises
-    InputError if a corpus cannot be read or the held-out part is shorter than one row.
+    columns: those of a record that hold its text. limit: training tokens after which the rest is not read. The corpora
+    are tokenised into `cache_dir`, or found there. Raises InputError if a corpus cannot be read or the held-out part is
+    shorter than one row.
     """
-    tokens = tokenise(corpora, tokenizer, cache_dir, columns)
+    tokens = tokenise(corpora, tokenizer, cache_dir, columns, limit)
     train, heldout = (MaskedRows(part, seq_length, tokenizer) for part in (tokens.train, tokens.heldout))
     if not len(heldout):
         raise InputError(f"the held-out part of the corpus is shorter than one row of {seq_length} tokens: use more "

@@ -8,6 +8,7 @@ import importlib.metadata
 import io
 import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from support.errors import InputError, one_line
 from support.files import atomic_rename, file_hash, locked, read_json, write_atomically
-from support.hub import hub_files
+from support.hub import HubFile, hub_files
 
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 TEXT = ("text",)  # the columns of a record that hold its text, unless others are given
@@ -35,20 +36,23 @@ TOKENISE_AT_ONCE = 1 << 21  # characters given to the tokenizer's threads at a t
 HELDOUT_SHARE = 0.05  # of the tokens, in whole documents, are held out for evaluation ...
 HELDOUT_TOKENS = 1 << 20  # ... until there are this many tokens
 HEADING = re.compile(r" = [^=\s](.*[^=\s])? = \n*")  # " = Title = " of a WikiText article, not " = = Section = = "
+Files = list[Path | HubFile]
 NO_DEMO = {"test", "tests", "idle_test", "site-packages", "lib2to3", "pydoc_data"}  # folders of the standard library
+TRAINING_FILE = re.compile(r"(?<![a-z])train(?![a-z])[^/]*$")
+OTHER_SPLIT = re.compile(r"(?<![a-z])(validation|valid|val|dev|test)(?![a-z])[^/]*$")
 
 # ---- Documents -----------------------------------------------------------------------------------------------
 
 
-def corpus_files(corpora: list[str]) -> list[Path]:
+def corpus_files(corpora: list[str]) -> Files:
     """The files of all corpora: files, folders (recursively, in order of name) and hub data sets,
-    `hub:OWNER/NAME:CONFIG`. `demo` has no files. Raises InputError."""
+    `hub:OWNER/NAME:CONFIG`, which are not downloaded yet. `demo` has no files. Raises InputError."""
     files = []
     for corpus in corpora:
         if corpus.startswith("hub:"):
             name, _, config = corpus[4:].partition(":")
-            folder, names = hub_files(name, "dataset", functools.partial(hub_parquet, corpus, config))
-            files += [Path(folder) / file for file in names]
+            folder, names = hub_files(name, "dataset", functools.partial(hub_texts, corpus, config), download=False)
+            files += [HubFile(name, Path(folder).name, file) for file in names]
         elif corpus != "demo":
             paths = sorted(Path(corpus).rglob("*")) if os.path.isdir(corpus) else [Path(corpus)]
             found = [path for path in paths if path.name.endswith(SUFFIXES) and os.path.isfile(path)]
@@ -58,22 +62,29 @@ def corpus_files(corpora: list[str]) -> list[Path]:
     return files
 
 
-def hub_parquet(corpus: str, config: str, names: list[str]) -> list[str]:
-    """The training files among the `names` of a hub data set: those in folder `config`, or in the only folder."""
-    train = sorted(name for name in names if re.search(r"(^|/)train[^/]*\.parquet$", name))
-    folders = sorted({os.path.dirname(name) for name in train})
-    if not config and len(folders) == 1:
-        config = folders[0]
-    if config not in folders:
-        raise InputError(f"corpus {corpus}: no file train*.parquet in folder {config!r}; folders with such files: "
-                         f"{', '.join(folders[:8]) or 'none'}")
-    return [name for name in train if os.path.dirname(name) == config]
+def hub_texts(corpus: str, config: str, names: list[str]) -> list[str]:
+    """The training files among the `names` of a hub data set: those in folder `config`, in which "/" may be written "-"
+    as in fineweb's sample-10BT, or in the only folder. If some of them are called train, these."""
+    texts = sorted(name for name in names if name.endswith(SUFFIXES) and not OTHER_SPLIT.search(name))
+    train = list(filter(TRAINING_FILE.search, texts))
+    if not config and len(folders := {os.path.dirname(name) for name in train or texts}) == 1:
+        config = folders.pop()
+    for folder in (config, config.replace("-", "/")):
+        files = [name for name in texts if os.path.dirname(name) == folder]
+        if files:
+            return list(filter(TRAINING_FILE.search, files)) or files
+    folders = sorted({os.path.dirname(name) for name in texts})
+    raise InputError(f"corpus {corpus}: no training text in folder {config!r}; folders with text: "
+                     f"{', '.join(folders[:8]) or 'none'}")
 
 
-def read_pieces(path: Path, progress: tqdm, columns: Sequence[str]) -> Iterator[str]:
+def read_pieces(path: Path | HubFile, progress: tqdm, columns: Sequence[str]) -> Iterator[str]:
     """The text of one file in pieces of at most PIECE characters, in bounded memory. An empty piece ends a document: it
     stands for a blank line of .txt, and follows every record of other formats. Raises InputError."""
     position = 0
+    if isinstance(path, HubFile):
+        path = path.download()
+        progress.total += path.stat().st_size
     try:
         with open(path, "rb") as raw:
             if path.suffix == ".parquet":
@@ -141,7 +152,7 @@ def demo_documents() -> Iterator[str]:
             yield "\n".join(filter(None, map(ast.get_docstring, owners)))
 
 
-def numbered_pieces(files: list[Path], demo: bool, columns: Sequence[str] = TEXT) -> Iterator[tuple[int, str]]:
+def numbered_pieces(files: Files, demo: bool, columns: Sequence[str] = TEXT) -> Iterator[tuple[int, str]]:
     """The text of a corpus in pieces of at most PIECE characters, each with the number of its document. Shows progress.
 
     What counts as a document decides what can be held out without having its other half in the training text. A record
@@ -149,8 +160,8 @@ def numbered_pieces(files: list[Path], demo: bool, columns: Sequence[str] = TEXT
     in one article: once a file has shown an article's heading, only another such heading starts a document.
     """
     number = 0
-    with tqdm(total=sum(file.stat().st_size for file in files), unit="B", unit_scale=True, desc="tokenise",
-              disable=None, leave=False) as progress:
+    size = sum(file.stat().st_size for file in files if isinstance(file, Path))
+    with tqdm(total=size, unit="B", unit_scale=True, desc="tokenise", disable=None, leave=False) as progress:
         demo_records = [record_pieces("demo", ({"text": text} for text in demo_documents()))] if demo else []
         for pieces in [*(read_pieces(file, progress, columns) for file in files), *demo_records]:
             headings, text = False, ""
@@ -176,23 +187,26 @@ class Tokens(NamedTuple):
     key: str  # the hash of everything that they depend on
 
 
-def corpus_key(files: list[Path], demo: bool, tokenizer: Tokenizer, columns: Sequence[str]) -> str:
-    """A hash of everything that the cached tokens depend on: contents, columns, tokenizer and the constants above."""
+def corpus_key(files: Files, demo: bool, tokenizer: Tokenizer, columns: Sequence[str], limit: float) -> str:
+    """A hash of everything that the cached tokens depend on: contents (of hub files the revision), columns, limit,
+    tokenizer and the constants above."""
     parts = [6, PIECE, TOKENISE_AT_ONCE, HELDOUT_SHARE, HELDOUT_TOKENS, importlib.metadata.version("tokenizers"),
-             tokenizer.to_str(), list(columns), demo and platform.python_version(),
-             *((file.name, file_hash(file)) for file in files)]
+             tokenizer.to_str(), list(columns), limit, demo and platform.python_version(),
+             *(file if isinstance(file, HubFile) else (file.name, file_hash(file)) for file in files)]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
-def tokenise(corpora: list[str], tokenizer: Tokenizer, cache: Path, columns: Sequence[str] = TEXT) -> Tokens:
+def tokenise(corpora: list[str], tokenizer: Tokenizer, cache: Path, columns: Sequence[str] = TEXT,
+             limit: float = math.inf) -> Tokens:
     """Tokenise corpora into `cache`, or find them there. The tokenizer's threads use all cores; memory is bounded.
 
-    A document is held out for evaluation whenever less than HELDOUT_SHARE of the tokens before it are. Raises
-    InputError for a corpus that is missing, damaged, not text, or has fewer than two documents.
+    The corpora are read up to the end of the block in which `limit` training tokens are reached. A document is held
+    out for evaluation whenever less than HELDOUT_SHARE of the tokens before it are. Raises InputError for a corpus
+    that is missing, damaged, not text, or has fewer than two documents.
     """
     files, demo = corpus_files(corpora), "demo" in corpora
     try:
-        key = corpus_key(files, demo, tokenizer, columns)
+        key = corpus_key(files, demo, tokenizer, columns, limit)
         folder = Path(cache) / key
         if not folder.is_dir():
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -200,7 +214,7 @@ def tokenise(corpora: list[str], tokenizer: Tokenizer, cache: Path, columns: Seq
                 if not folder.is_dir():
                     work = folder.with_name(f"{key}.unfinished")
                     try:
-                        write_tokens(files, demo, tokenizer, work, columns)
+                        write_tokens(files, demo, tokenizer, work, columns, limit)
                     except InputError:  # there is nothing to resume
                         shutil.rmtree(work)
                         raise
@@ -213,7 +227,7 @@ def tokenise(corpora: list[str], tokenizer: Tokenizer, cache: Path, columns: Seq
     return Tokens(*(np.memmap(folder / f"{side}.bin", meta["dtype"], "r") for side in ("train", "heldout")), key)
 
 
-def write_tokens(files: list[Path], demo: bool, tokenizer: Tokenizer, folder: Path, columns: Sequence[str]):
+def write_tokens(files: Files, demo: bool, tokenizer: Tokenizer, folder: Path, columns: Sequence[str], limit: float):
     """Write train.bin, heldout.bin and meta.json into `folder`, or resume there after the last recorded block."""
     folder.mkdir(exist_ok=True)
     record = folder / "meta.json"
@@ -226,7 +240,8 @@ def write_tokens(files: list[Path], demo: bool, tokenizer: Tokenizer, folder: Pa
         streams = {"train": train, "heldout": heldout}
         for side, stream in streams.items():  # whatever follows the record is written again
             stream.truncate(meta[side] * np.dtype(meta["dtype"]).itemsize)
-        for block in itertools.islice(blocks(files, demo, columns), meta["blocks"], None):
+        unwritten = itertools.islice(blocks(files, demo, columns), meta["blocks"], None)
+        while meta["train"] < limit and (block := next(unwritten, None)):
             encodings = tokenizer.encode_batch_fast([text for _, text in block], add_special_tokens=False)
             for (document, text), encoding in zip(block, encodings, strict=True):
                 meta["replaced"] += text.count("\ufffd")
@@ -249,7 +264,7 @@ def write_tokens(files: list[Path], demo: bool, tokenizer: Tokenizer, folder: Pa
                          "can be held out for evaluation")
 
 
-def blocks(files: list[Path], demo: bool, columns: Sequence[str] = TEXT) -> Iterator[list[tuple[int, str]]]:
+def blocks(files: Files, demo: bool, columns: Sequence[str] = TEXT) -> Iterator[list[tuple[int, str]]]:
     """All numbered pieces that are not blank, in lists of about TOKENISE_AT_ONCE characters."""
     block, size = [], 0
     for number, text in numbered_pieces(files, demo, columns):

@@ -44,6 +44,9 @@ DATA_FLAGS = (
          "Python."),
     Flag("--text-column", ["text"], list, "Columns of .parquet and fields of .jsonl that hold the text. Several are "
          "joined by line breaks to one document."),
+    Flag("--corpus-tokens", None, number(int, 1, 10**15), "Training tokens after which the rest of the corpus is not "
+         "read, rounded up to a block of about 2 million characters. Hub files are downloaded one by one until then. "
+         "Default: the whole corpus."),
     Flag("--seq-length", 128, number(int, 8, 10**6), "Tokens per row."),
     Flag("--cache-dir", str(Path.home() / ".cache" / "homotopic-distillation"), str, "Folder for tokenised text."),
 )

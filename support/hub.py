@@ -1,15 +1,37 @@
 """Models and data sets from the hub."""
 
 import collections
+import json
 import logging
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from support.errors import InputError, one_line
+from support.files import locked, write_atomically
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that exists is used
+LISTING = ".listing"  # in the folder of a data set: all its file names, as most files may not have been downloaded
+
+
+class HubFile(NamedTuple):
+    """A file of a data set, which may not have been downloaded yet."""
+
+    repository: str
+    revision: str  # of the repository, a commit hash
+    name: str
+
+    def download(self) -> Path:
+        """The file in the hub's cache. Raises OSError: what was done before the download failed need not be lost."""
+        from huggingface_hub import hf_hub_download
+
+        try:
+            return Path(hf_hub_download(self.repository, self.name, repo_type="dataset", revision=self.revision))
+        except Exception as error:  # see hub_files
+            raise OSError(f"the hub did not deliver {self.name} of {self.repository}; rerun the same command to "
+                          f"continue ({one_line(error)})") from None
 
 
 def find_model(name: str) -> Path:
@@ -28,11 +50,12 @@ def find_model(name: str) -> Path:
     return Path(name if os.path.isdir(name) else hub_files(name, "model", wanted)[0])
 
 
-def hub_files(name: str, kind: str, wanted: Callable[[list[str]], list[str]]) -> tuple[str, list[str]]:
+def hub_files(name: str, kind: str, wanted: Callable[[list[str]], list[str]], download=True) -> tuple[str, list[str]]:
     """The local folder of a hub repository and the names of its needed files, from the hub's cache if they are there.
 
     kind: "model" or "dataset". wanted: maps all file names of the repository to those that are needed; its InputError
-    means that the repository lacks some. Raises InputError if the files are neither in the cache nor on the hub.
+    means that the repository lacks some. Without `download` the folder may lack files, whose names are then in LISTING.
+    Raises InputError if the files are neither in the cache nor on the hub.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "4")  # seconds without a byte; it tries six times
@@ -43,16 +66,25 @@ def hub_files(name: str, kind: str, wanted: Callable[[list[str]], list[str]]) ->
     try:
         # Without patterns the library would miss the files that we never ask for
         folder = snapshot_download(name, repo_type=kind, local_files_only=True, allow_patterns=[])
+        if not download and Path(folder, LISTING).is_file():
+            return folder, wanted(json.loads(Path(folder, LISTING).read_text()))
         files = wanted([str(p.relative_to(folder)) for p in Path(folder).rglob("*") if p.is_file()])
-        parts = collections.Counter(re.findall(r"(.*)-\d+-of-(\d+)\.", "\n".join(files)))  # (name, count) -> how many
+        # (name, count) -> how many
+        parts = collections.Counter(re.findall(r"(.*)[-.]\d+-of-(\d+)\.", "\n".join(files)))
         if all(present == int(count) for (_, count), present in parts.items()):
             return folder, files
     except (LocalEntryNotFoundError, HFValidationError, InputError):
         pass  # not in the cache, or only a part of it
     try:
         info = HfApi().repo_info(name, repo_type=kind, timeout=5)  # one request, no retries: quick to fail
-        files = wanted([sibling.rfilename for sibling in info.siblings])
-        return snapshot_download(name, repo_type=kind, allow_patterns=files), files
+        names = [sibling.rfilename for sibling in info.siblings]
+        files = wanted(names)
+        folder = snapshot_download(name, repo_type=kind, allow_patterns=files if download else [])
+        if not download:
+            os.makedirs(folder, exist_ok=True)
+            with locked(Path(folder)):
+                write_atomically(Path(folder, LISTING), json.dumps(names))
+        return folder, files
     except InputError:
         raise
     except RepositoryNotFoundError:

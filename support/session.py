@@ -72,9 +72,12 @@ class Session:
         run_folder.check_output(args.output, args.overwrite or args.resume)
         if args.seq_length > config.max_position_embeddings:
             raise InputError(f"--seq-length {args.seq_length} exceeds the teacher's {config.max_position_embeddings}")
+        limit = args.corpus_tokens or math.inf
+        if limit < args.batch_size * args.seq_length:
+            raise InputError(f"--corpus-tokens {limit} is less than one batch, {args.batch_size} x {args.seq_length}")
         self.tokenizer = checkpoint.load_tokenizer(folder, config.vocab_size)
-        self.rows, self.heldout, corpus_key = data.load_rows(args.corpus, self.tokenizer, Path(args.cache_dir),
-                                                             args.seq_length, args.text_column)
+        self.rows, self.heldout, corpus_key = data.load_rows(
+            args.corpus, self.tokenizer, Path(args.cache_dir), args.seq_length, args.text_column, limit)
         if not WORLD <= args.batch_size <= len(self.rows):
             raise InputError(f"--batch-size {args.batch_size} must be from {WORLD}, the number of processes, to "
                              f"{len(self.rows)}, the rows of {args.seq_length} tokens in the corpus")

@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import math
 import re
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -179,7 +181,7 @@ def test_demo_corpus_is_found_in_the_cache_without_reading_it_again(tmp_path, to
     monkeypatch.setattr(corpora, "demo_documents", lambda: pytest.fail("read again"))
     assert tokenise(["demo"], tokenizer, tmp_path).key == first.key
     monkeypatch.setattr(corpora.platform, "python_version", lambda: "3.99")
-    assert corpora.corpus_key([], True, tokenizer, corpora.TEXT) != first.key
+    assert corpora.corpus_key([], True, tokenizer, corpora.TEXT, math.inf) != first.key
 
 
 def test_demo_corpus_can_be_combined_with_files(tmp_path, corpus, tokenizer, monkeypatch):
@@ -315,6 +317,18 @@ def test_heldout_part_is_limited(tmp_path, corpus, tokenizer, monkeypatch):
     monkeypatch.setattr(corpora, "HELDOUT_TOKENS", 10)
     tokens = tokenise([str(corpus)], tokenizer, tmp_path)
     assert len(day_numbers(tokens.heldout, tokenizer)) == 1 and len(day_numbers(tokens.train, tokenizer)) == 119
+
+
+def test_corpus_is_read_to_the_end_of_the_block_with_the_limit(tmp_path, corpus, tokenizer, monkeypatch):
+    monkeypatch.setattr(corpora, "TOKENISE_AT_ONCE", 2000)
+    whole, part = (tokenise([str(corpus)], tokenizer, tmp_path, limit=limit) for limit in (10**9, 1000))
+    assert 1000 <= len(part.train) < 2000 < len(whole.train) and part.key != whole.key
+    assert np.array_equal(part.train, whole.train[: len(part.train)])
+    enough = tokenise([str(corpus)], tokenizer, tmp_path / "other", limit=len(part.train))
+    assert len(enough.train) == len(part.train)  # no further block than the one that reaches it
+    record = json.loads((tmp_path / part.key / "meta.json").read_text())
+    shutil.copytree(tmp_path / part.key, tmp_path / f"third/{part.key}.unfinished")  # interrupted at its very end
+    assert len(tokenise([str(corpus)], tokenizer, tmp_path / "third", limit=1000).train) == record["train"]
 
 
 def test_token_ids_beyond_16_bits_are_stored_in_32(tmp_path):

@@ -20,7 +20,7 @@ import data
 import distill
 import prune
 from model import Bert, BertConfig
-from support import session
+from support import corpus, session
 from support.checkpoint import (
     SPECIAL_TOKENS,
     load_config,
@@ -548,6 +548,17 @@ def test_text_column_names_the_fields_of_the_corpus(run, folder, tmp_path, capsy
     assert run("--corpus", tmp_path / "x.jsonl", "--text-column", "title", "body")[0] == 0
     assert run("--corpus", tmp_path / "x.jsonl", "--overwrite")[0] == 2
     assert "record 1" in capsys.readouterr().err
+
+
+def test_corpus_tokens_limits_the_corpus_and_fills_at_least_a_batch(run, monkeypatch, capsys):
+    monkeypatch.setattr(corpus, "TOKENISE_AT_ONCE", 2000)
+    rows = []
+    for flags in ([], ["--corpus-tokens", 800, "--overwrite"]):
+        assert run(*flags)[0] == 0
+        rows.append(int(re.search(r"corpus of ([\d,]+) rows", capsys.readouterr().out)[1].replace(",", "")))
+    assert 800 / 14 - 1 <= rows[1] < rows[0] / 2
+    assert run("--corpus-tokens", 127, "--overwrite")[0] == 2  # a batch is 8 x 16
+    assert "--corpus-tokens 127" in capsys.readouterr().err
 
 
 def test_a_teacher_without_masked_lm_head_gives_a_student_without_one(run, capsys):

@@ -3,14 +3,17 @@
 tests/reliability/test_hub_reliability.py tries hubs that are unreachable, silent, or really answer.
 """
 
+import json
 import shutil
 
 import huggingface_hub.constants
+import numpy as np
 import pytest
 from test_data import write_corpus
 
-from support.corpus import corpus_files, hub_parquet
-from support.hub import find_model, hub_files
+from support import corpus as corpora
+from support.corpus import corpus_files, hub_texts, tokenise
+from support.hub import LISTING, find_model, hub_files
 
 
 @pytest.fixture(autouse=True)
@@ -74,8 +77,11 @@ def test_complete_configuration_of_a_data_set_in_the_cache_is_found_without_the_
             write_corpus(snapshot / part / f"train-0000{i}-of-0000{count}.parquet", documents[i::count])
         write_corpus(snapshot / part / "test-00000-of-00001.parquet", ["never"])
     (snapshot / "half" / "train-00001-of-00002.parquet").unlink()  # was not downloaded
-    assert corpus_files(["hub:owner/texts:small"]) == [snapshot / "small" / "train-00000-of-00001.parquet"]
-    assert corpus_files(["hub:owner/texts:small-raw"]) == [
+    def cached(corpus):
+        return [file.download() for file in corpus_files([corpus])]
+
+    assert cached("hub:owner/texts:small") == [snapshot / "small" / "train-00000-of-00001.parquet"]
+    assert cached("hub:owner/texts:small-raw") == [
         snapshot / "small-raw" / f"train-0000{i}-of-00002.parquet" for i in range(2)]
     for corpus in ("hub:owner/texts:half", "hub:owner/texts", "hub:owner/others", "hub:"):
         with refused("hub"):
@@ -98,15 +104,54 @@ def test_completeness_is_checked_for_every_split_separately(hub_snapshot, refuse
 
 def test_configuration_of_a_data_set_is_chosen_by_its_exact_name(refused):
     names = ["README.md", "en/train-0.parquet", "en/test-0.parquet", "en-old/train-0.parquet", "en/train.csv"]
-    assert hub_parquet("hub:x", "en", names) == ["en/train-0.parquet"]
+    assert hub_texts("hub:x", "en", names) == ["en/train-0.parquet"]
     for config in ("fr", ""):
         with refused("hub:x", f"{config!r}", "en", "en-old"):
-            hub_parquet("hub:x", config, names)
+            hub_texts("hub:x", config, names)
     with refused("hub:x", "none"):
-        hub_parquet("hub:x", "", ["x.csv"])
+        hub_texts("hub:x", "", ["x.csv"])
+    with refused("hub:x", "'en'"):  # which has no training text
+        hub_texts("hub:x", "en", names[2:3])
 
 
 def test_only_configuration_of_a_data_set_needs_no_name():
-    assert hub_parquet("hub:x", "", ["data/train-1.parquet", "data/train-0.parquet"]) == [
+    assert hub_texts("hub:x", "", ["data/train-1.parquet", "data/train-0.parquet"]) == [
         "data/train-0.parquet", "data/train-1.parquet"]
-    assert hub_parquet("hub:x", "", ["train.parquet"]) == ["train.parquet"]
+    assert hub_texts("hub:x", "", ["train.parquet", "dataset_infos.json"]) == ["train.parquet"]
+    assert hub_texts("hub:x", "", ["README.md", "texts/b.txt", "texts/a.txt.gz"]) == ["texts/a.txt.gz", "texts/b.txt"]
+
+
+def test_names_of_the_large_web_corpora_are_understood():
+    fineweb = ["README.md", *(f"sample/{size}/00{i}_00000.parquet" for size in ("10BT", "100BT") for i in range(2)),
+               "data/CC-MAIN-2024-10/train-00000-of-00014.parquet"]
+    assert hub_texts("hub:x", "sample-10BT", fineweb) == fineweb[1:3] == hub_texts("hub:x", "sample/10BT", fineweb)
+    assert hub_texts("hub:x", "data/CC-MAIN-2024-10", fineweb) == fineweb[5:]
+    c4 = [f"{folder}/c4-{split}.0000{i}-of-01024.json.gz" for folder in ("en", "en.noblocklist")
+          for split in ("train", "validation") for i in range(2)]
+    assert hub_texts("hub:x", "en", c4) == c4[:2]
+
+
+def test_only_the_needed_files_of_a_data_set_are_downloaded(hub_snapshot, documents, tokenizer, tmp_path, monkeypatch,
+                                                            refused):
+    snapshot = hub_snapshot("dataset", "owner/texts")
+    names = [f"sample/10BT/00{i}.jsonl" for i in range(3)]
+    (snapshot / LISTING).write_text(json.dumps(["README.md", *names]))
+    (snapshot / "sample" / "10BT").mkdir(parents=True)
+    write_corpus(snapshot / names[0], documents[:60])  # the others have not been downloaded
+    assert [file.name for file in corpus_files(["hub:owner/texts:sample-10BT"])] == names
+    monkeypatch.setattr(corpora, "TOKENISE_AT_ONCE", 1000)
+
+    def tokens(limit):
+        return tokenise(["hub:owner/texts:sample-10BT"], tokenizer, tmp_path / "cache", limit=limit)
+
+    few, more = tokens(100), tokens(1000)
+    assert 100 <= len(few.train) < 600 < 1000 <= len(more.train) < 1500 and few.key != more.key
+    with refused("did not deliver sample/10BT/001.jsonl", "rerun the same command"):
+        tokens(10**6)
+    write_corpus(snapshot / names[1], documents[60:])
+    write_corpus(snapshot / names[2], documents)
+    written = next((tmp_path / "cache").glob("*.unfinished"))
+    assert json.loads((written / "meta.json").read_text())["train"] > 1000  # is not tokenised again
+    assert len(tokens(10**6).train) > 2 * len(more.train)
+    shutil.rmtree(snapshot / "sample")
+    assert np.array_equal(tokens(100).train, few.train)  # from the cache of tokens

@@ -1,7 +1,8 @@
-"""A hub with one model, owner/bert, that works or fails in a given way."""
+"""A hub with one model, owner/bert, or one data set, owner/texts, that works or fails in a given way."""
 
 import http.server
 import json
+import re
 import time
 
 REVISION = "89abcdef0123456789abcdef0123456789abcdef"
@@ -15,26 +16,27 @@ def handler(files: dict[str, bytes], downloaded: list[str], behaviour: str = "wo
     class Hub(http.server.BaseHTTPRequestHandler):
         def do_GET(self, body=True):
             path = self.path.split("?")[0]
-            name = path.rsplit("/", 1)[1]
+            file = re.fullmatch(f"(/owner/bert|/datasets/owner/texts)/resolve/{REVISION}/(.*)", path)
+            name = file[2] if file else ""
             if behaviour == "silent":
                 time.sleep(1000)
             if behaviour == "failing":
                 return self.send_error(503)
             if "/tree/" in path:
-                content = json.dumps([{"type": "file", "path": name, "size": len(files[name]), "oid": "0" * 40}
-                                      for name in sorted(files)]).encode()
-            elif path.startswith("/api/models/"):
-                siblings = [{"rfilename": name} for name in sorted(files)]
+                content = json.dumps([{"type": "file", "path": path, "size": len(files[path]), "oid": "0" * 40}
+                                      for path in sorted(files)]).encode()
+            elif path.startswith(("/api/models/", "/api/datasets/")):
+                siblings = [{"rfilename": path} for path in sorted(files)]
                 content = json.dumps({"id": "owner/bert", "sha": REVISION, "siblings": siblings}).encode()
                 content = b"<html>" if behaviour == "not a hub" else content
-            elif path == f"/owner/bert/resolve/{REVISION}/{name}" and name in files:
+            elif name in files:
                 content = files[name]
                 downloaded.append(name)
             else:
                 return self.send_error(404)
             self.send_response(200)
-            for header, value in (("Content-Length", len(content)), ("ETag", f'"{len(content)}-{name}"'),
-                                  ("X-Repo-Commit", REVISION)):
+            tag = f"{len(content)}-{name}".replace("/", "-")
+            for header, value in (("Content-Length", len(content)), ("ETag", f'"{tag}"'), ("X-Repo-Commit", REVISION)):
                 self.send_header(header, str(value))
             self.end_headers()
             if not body:
