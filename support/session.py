@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import data
 import prune
-from support import checkpoint, distributed, run_folder
+from support import checkpoint, distributed, fast, run_folder
 from support.distributed import RANK, WORLD, rank_slice, synchronized_time
 from support.errors import InputError, Interrupted
 from support.evaluation import end_table, evaluate, milliseconds_per_row
@@ -129,9 +129,10 @@ class Session:
                 self.result = self.saved["evaluation"]
             else:
                 self.log_evaluation(state)
-            self.step_seconds: list[float] = []
-            self.step_start, self.saved_at = time.perf_counter(), time.monotonic()
-            yield
+            with fast.compiled(self, state) if fast.pays(self) else contextlib.nullcontext():
+                self.step_seconds: list[float] = []
+                self.step_start, self.saved_at = time.perf_counter(), time.monotonic()
+                yield
         if RANK == 0:
             self.export(state)
             shutil.rmtree(self.checkpoints)

@@ -1,0 +1,107 @@
+"""Faster training steps for long runs on a GPU. The textbook forms stay in model.py and distill.py; while `compiled` is
+entered, which Session does around the loop if `pays`, they are compiled and a few operations pass over memory less.
+
+Memory traffic bounds a step on a GPU. Predicted savings for the paper's settings on one H100, of 8.8 hours:
+    bf16 between layers 1.6     compiled layers 1.0     compiled vocabulary losses 0.8
+    compiled squared errors 0.4     one matmul for Q, K and V 0.2
+None was measured on a GPU; docs/performance.md has what was measured on a CPU. Evaluations, and the fits of
+--compensate, whose hooks compiled layers would ignore, are not compiled. TORCH_COMPILE_DISABLE=1 switches all off.
+"""
+
+import contextlib
+import os
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model import Layer, LayerNorm, SelfAttention
+from support.distributed import WORLD
+
+PAYS_FROM = 1e17  # parameters x tokens on each GPU: BERT-base on 0.9 G tokens, a sixteenth of the paper's
+
+
+def pays(session) -> bool:
+    """Whether the run is on a GPU and so long that minutes of compilation are little. Every process tunes its kernels
+    anew, so they are not reproducible bit for bit, as --deterministic demands."""
+    args = session.args
+    work = session.teacher.parameter_count() * args.steps * args.batch_size * args.seq_length
+    return (session.device.type == "cuda" and work >= PAYS_FROM * WORLD and not args.deterministic
+            and os.environ.get("TORCH_COMPILE_DISABLE") != "1")
+
+
+def in_autocast_dtype(module: nn.Module, inputs, output):
+    """Forward hook of a LayerNorm, which autocast on CUDA computes and returns in float32. Statistics stay float32; the
+    output becomes bf16, and with it everything between two layers."""
+    device = output.device.type
+    return output.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else output
+
+
+def one_matmul(self: SelfAttention, x):
+    """SelfAttention.forward with the three matrices stacked: x (B,S,D) is read once instead of three times."""
+    linears = (self.query, self.key, self.value)
+    weight = torch.stack([linear.weight for linear in linears]).flatten(0, 1)  # (3*H*K,D)
+    bias = torch.stack([linear.bias for linear in linears]).flatten()  # (3*H*K,)
+    return F.linear(x, weight, bias).unflatten(-1, (3, -1)).unbind(-2)  # each (B,S,H*K)
+
+
+def student_layer(layer: Layer, *inputs):
+    return Layer.forward(layer, *inputs)  # apart from the teacher's: torch keeps compilations by function
+
+
+def squared_error(student, teacher):
+    return F.mse_loss(student.float(), teacher.float())
+
+
+def switch_on(undo: contextlib.ExitStack, student, teacher, losses, backend: str):
+    """Replace the layers of both models, and the losses in the module `losses`, until `undo` is closed."""
+    import torch._dynamo  # here, because it takes a second, which short runs need not wait for
+    import torch.fx.experimental._config
+
+    def compile_(function, dynamic: bool | None = True):
+        return torch.compile(function, dynamic=dynamic, fullgraph=True, backend=backend)  # raises; never eager instead
+
+    def replace(owner, name: str, new):
+        undo.callback(setattr, owner, name, getattr(owner, name))
+        setattr(owner, name, new)
+
+    # The sizes of parameters and the number of heads are variables, so that one compilation serves all layers and
+    # widths. Equal sizes are separate variables: H*K is D before the first prune, but need not be afterwards.
+    undo.enter_context(torch._dynamo.config.patch(
+        force_parameter_static_shapes=False, force_nn_module_property_static_shapes=False,
+        allow_unspec_int_on_nn_module=True, specialize_float=True))
+    undo.enter_context(torch.fx.experimental._config.patch(use_duck_shape=False))
+    for bert, forward in ((student, compile_(student_layer)), (teacher, compile_(Layer.forward, dynamic=None))):
+        for layer in bert.bert.layers:  # dynamic=None: constants, but for a batch size that changes
+            def training_or_plain(*inputs, layer=layer, forward=forward):
+                return forward(layer, *inputs) if student.training else Layer.forward(layer, *inputs)
+
+            replace(layer, "forward", training_or_plain)
+            replace(layer.attention["self"], "forward", one_matmul.__get__(layer.attention["self"]))
+        for module in bert.modules():
+            if isinstance(module, LayerNorm):
+                undo.callback(module.register_forward_hook(in_autocast_dtype).remove)
+
+    mse = compile_(squared_error)  # of flat tensors, so that one compilation serves all of them
+    replace(losses, "mean_mse", lambda student, teacher: sum(
+        mse(s.flatten(), t.flatten()) for s, t in zip(student, teacher, strict=True)) / len(teacher))
+    replace(losses, "vocabulary_losses", compile_(losses.vocabulary_losses))
+
+
+@contextlib.contextmanager
+def compiled(session, state, backend: str = "inductor"):
+    """Training steps run compiled while this is entered. The first micro-batch is computed once for a trial; if that
+    fails, for example without a C compiler, a line says so and all steps run eagerly."""
+    session.progress.write("compiling the training step, which takes minutes; TORCH_COMPILE_DISABLE=1 switches it off")
+    batch, fraction, _ = next(session.micro_batches(state))
+    loop = sys.modules[type(state.distiller).__module__]  # distill.py, which is __main__ when it is run
+    with contextlib.ExitStack() as undo:
+        try:
+            switch_on(undo, state.distiller.student, session.teacher, loop, backend)
+            loop.losses_and_gradients(session, state, batch, fraction, is_last=False, ranking_only=False)
+        except Exception as error:  # torch raises another type for every cause: no compiler, no Triton, an old GPU
+            undo.close()
+            session.progress.write(f"torch.compile failed, so steps run eagerly: {' '.join(str(error).split())[:200]}")
+        state.optimizer.zero_grad()
+        yield
