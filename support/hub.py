@@ -10,6 +10,8 @@ from pathlib import Path
 from support.errors import InputError, one_line
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that exists is used
+OPTIONAL_FILES = {"tokenizer_config.json", "README.md", "modules.json", "config_sentence_transformers.json",
+                  "sentence_bert_config.json"}  # the last three: of a sentence encoder
 
 
 def find_model(name: str) -> Path:
@@ -22,7 +24,8 @@ def find_model(name: str) -> Path:
         tokenizer = [file for file in ("vocab.txt", "tokenizer.json") if file in files]
         if not weights or not tokenizer or "config.json" not in files:
             raise InputError(f"{name} on the hub lacks config.json, a tokenizer or {' or '.join(WEIGHT_FILES)}")
-        return [*weights, *tokenizer, "config.json", *({"tokenizer_config.json"} & set(files))]
+        modules = [file for file in files if re.fullmatch(rf"\d+_\w+/(config\.json|{'|'.join(WEIGHT_FILES)})", file)]
+        return [*weights, *tokenizer, "config.json", *modules, *(OPTIONAL_FILES & set(files))]
 
     return Path(name if os.path.isdir(name) else hub_files(name, "model", wanted)[0])
 

@@ -22,6 +22,7 @@ from support.errors import InputError, Interrupted
 from support.evaluation import end_table, evaluate, milliseconds_per_row
 from support.files import atomic_rename, fsync, model_fingerprint
 from support.hub import find_model
+from support.sentence_encoder import SentenceEncoder
 from support.shapes import target_shape
 
 CPU_MICRO_BATCH = 64  # rows; larger ones gain nothing on a CPU
@@ -62,6 +63,7 @@ class Session:
         folder = find_model(args.teacher)
         self.teacher = checkpoint.load_model(folder).to(self.device).eval().requires_grad_(False)
         config = self.teacher.config
+        self.encoder = SentenceEncoder.read(folder, config)  # None if the teacher is no sentence encoder
         if args.target_width is None:
             args.target_width = config.hidden_size // 2
         self.teacher_shape = prune.Shape.of(config)
@@ -150,6 +152,14 @@ class Session:
         if self.saved:
             print(f"resumed after step {state.step}")
 
+    def student_encoder(self, state) -> SentenceEncoder | None:
+        """The teacher's modules for the student. A Dense reads the student's states through the projection of the last
+        layer, H_t ~= H_s W_hidn: for a student that has not learned yet, this is to slice it with the hidden group."""
+        if self.encoder is None or not self.encoder.dense:
+            return self.encoder
+        projection = state.distiller.hidden_projections[-1].weight  # (D_t,D_s)
+        return self.encoder.composed(projection, torch.zeros(len(projection)))
+
     def export(self, state):
         """Write the student atomically as a standard model folder, with `lineage.json`: for every group the teacher
         indices of the kept units (none for a student that started from random weights)."""
@@ -158,7 +168,11 @@ class Session:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
         checkpoint.save_model(student, work)
-        checkpoint.save_tokenizer(self.tokenizer, work, student.config.max_position_embeddings)
+        encoder = self.student_encoder(state)
+        checkpoint.save_tokenizer(self.tokenizer, work,
+                                  encoder.max_length if encoder else student.config.max_position_embeddings)
+        if encoder:
+            encoder.save(work, student.config.hidden_size)
         kept = {} if self.args.init == "random" else {group: ids.tolist() for group, ids in state.lineage.items()}
         (work / "lineage.json").write_text(json.dumps(kept, sort_keys=True) + "\n")
         atomic_rename(work, folder)
