@@ -46,6 +46,9 @@ DATA_FLAGS = (
 )
 RUN_FLAGS = (
     Flag("--output", None, Path, "Run folder for run.json, log.jsonl and student/. Default: runs/TEACHER-D."),
+    Flag("--keep-space", False, bool, "For sentence encoders: add a Dense layer, fitted by least squares on training "
+         "text, that maps the student's vectors into the teacher's vector space, so that they can be searched in an "
+         "index built with the teacher. Without it, sentence vectors have --target-width dimensions."),
     Flag("--overwrite", False, bool, "Replace the run in the output folder."),
     Flag("--resume", False, bool, "Resume the run in --output with its original flags, from its last checkpoint."),
     Flag("--save-minutes", 15.0, NONNEGATIVE, "Minutes between checkpoints."),

@@ -15,8 +15,10 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch import nn
 
+from data import MaskedRows
 from model import Bert, BertConfig
 from support.checkpoint import read_tensors
 from support.errors import InputError
@@ -25,7 +27,8 @@ from support.files import read_json
 SETTINGS = ("config_sentence_transformers.json", "sentence_bert_config.json")  # prompts, similarity, maximum length
 ACTIVATIONS = ("Identity", "Tanh", "ReLU", "GELU")  # classes in torch.nn
 POOLING = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens"}
-BATCH = 64  # sentences
+BATCH, SHORTEST = 64, 5  # sentences at a time, tokens of a sentence
+RIDGE = 1e-4  # times the mean square of a dimension
 
 
 @dataclasses.dataclass
@@ -110,6 +113,15 @@ class SentenceEncoder:
         first = Dense(first.weight @ weight, first.weight @ bias + first.bias, first.activation)
         return dataclasses.replace(self, dense=[first, *self.dense[1:]])
 
+    def fitted(self, student: Bert, teacher: Bert, sentences: list[np.ndarray]) -> "SentenceEncoder":
+        """The encoder of a student in the teacher's vector space, by least squares from the student's pooled vectors of
+        the sentences to the teacher's."""
+        x = F.pad(self.pooled(student, sentences).double(), (0, 1), value=1.0)  # (N,D_s+1)
+        gram = x.T @ x
+        gram.diagonal()[:-1].add_(RIDGE * gram.diagonal()[:-1].mean())  # fewer sentences than dimensions still fit
+        solution = torch.linalg.solve(gram, x.T @ self.pooled(teacher, sentences).double())  # (D_s+1,D_t)
+        return self.composed(solution[:-1].T, solution[-1])
+
     def save(self, folder: Path, hidden_size: int):
         """Write the modules beside a student of `hidden_size` in `folder`."""
         pooling = {key: value for key, value in self.pooling_config.items() if not key.endswith("embedding_dimension")}
@@ -155,3 +167,17 @@ def read_dense(folder: Path, size: int) -> Dense:
     if tensors or not finite or bias.dim() != 1 or weight.shape != (len(bias), size):
         raise InputError(f"{folder} needs a finite linear.weight of {size} columns, perhaps a linear.bias, and no more")
     return Dense(weight, bias, activation)
+
+
+def sentences_of(rows: MaskedRows, count: int, tokenizer: Tokenizer) -> list[np.ndarray]:
+    """At most `count` different sentences from rows that are spread over the text, as token ids with [CLS] and [SEP],
+    the shortest first: what stands between two marks or, in a row without, the row."""
+    marks, sentences = [tokenizer.token_to_id(mark) for mark in ".?!。？！।" if tokenizer.token_to_id(mark)], {}
+    for i in np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int):
+        parts = np.split(rows.text[i], np.flatnonzero(np.isin(rows.text[i], marks)) + 1)
+        for part in parts[1:-1] or parts:
+            if len(part) >= SHORTEST:
+                sentences[part.tobytes()] = np.concatenate([[rows.cls], part, [rows.sep]])
+    sentences = list(sentences.values())
+    chosen = np.linspace(0, len(sentences) - 1, min(count, len(sentences))).astype(int)
+    return sorted((sentences[i] for i in chosen), key=len)  # batches of similar lengths need little padding

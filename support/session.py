@@ -19,14 +19,15 @@ import prune
 from support import checkpoint, distributed, run_folder
 from support.distributed import RANK, WORLD, rank_slice, synchronized_time
 from support.errors import InputError, Interrupted
-from support.evaluation import end_table, evaluate, milliseconds_per_row
+from support.evaluation import end_table, evaluate, milliseconds_per_row, sentence_agreement
 from support.files import atomic_rename, fsync, model_fingerprint
 from support.hub import find_model
-from support.sentence_encoder import SentenceEncoder
+from support.sentence_encoder import SentenceEncoder, sentences_of
 from support.shapes import target_shape
 
 CPU_MICRO_BATCH = 64  # rows; larger ones gain nothing on a CPU
 ESTIMATE_AFTER = 3  # steps
+FIT_SENTENCES, REPORT_SENTENCES = 8192, 1000
 
 
 @contextlib.contextmanager
@@ -64,6 +65,8 @@ class Session:
         self.teacher = checkpoint.load_model(folder).to(self.device).eval().requires_grad_(False)
         config = self.teacher.config
         self.encoder = SentenceEncoder.read(folder, config)  # None if the teacher is no sentence encoder
+        if args.keep_space and self.encoder is None:
+            raise InputError(f"--keep-space needs a sentence encoder, but {args.teacher} has no modules.json")
         if args.target_width is None:
             args.target_width = config.hidden_size // 2
         self.teacher_shape = prune.Shape.of(config)
@@ -80,6 +83,9 @@ class Session:
         if not WORLD <= args.batch_size <= len(self.rows):
             raise InputError(f"--batch-size {args.batch_size} must be from {WORLD}, the number of processes, to "
                              f"{len(self.rows)}, the rows of {args.seq_length} tokens in the corpus")
+        self.sentences = sentences_of(self.heldout, REPORT_SENTENCES, self.tokenizer) if self.encoder else []
+        if self.encoder and len(self.sentences) < 3:
+            raise InputError("the held-out part of the corpus has fewer than 3 sentences to compare: use more text")
         self.fingerprints = {"corpus": corpus_key, "teacher": model_fingerprint(folder)}
         self.checkpoints = args.output / "checkpoints"
         self.saved = None  # the checkpoint to resume from
@@ -132,9 +138,13 @@ class Session:
             self.step_start, self.saved_at = time.perf_counter(), time.monotonic()
             yield
         if RANK == 0:
-            self.export(state)
+            encoder = self.student_encoder(state)
+            self.export(state, encoder)
             shutil.rmtree(self.checkpoints)
             milliseconds = milliseconds_per_row([self.teacher, student], self.heldout, self.device, self.autocast)
+            if encoder:
+                self.result |= sentence_agreement(encoder.vectors(student, self.sentences),
+                                                  self.encoder.vectors(self.teacher, self.sentences))
             print(end_table(self.teacher, student, self.result, milliseconds))
             print(f"student: {args.output / 'student'}")
 
@@ -153,14 +163,18 @@ class Session:
             print(f"resumed after step {state.step}")
 
     def student_encoder(self, state) -> SentenceEncoder | None:
-        """The teacher's modules for the student. A Dense reads the student's states through the projection of the last
-        layer, H_t ~= H_s W_hidn: for a student that has not learned yet, this is to slice it with the hidden group."""
+        """The teacher's modules for the student. --keep-space adds a Dense, fitted on training text. Without it, the
+        teacher's own Dense reads the student's states through the projection of the last layer, H_t ~= H_s W_hidn; if
+        the student has not learned yet, this is to slice it with the hidden group."""
+        if self.args.keep_space:
+            sentences = sentences_of(self.rows, FIT_SENTENCES, self.tokenizer)
+            return self.encoder.fitted(state.distiller.student, self.teacher, sentences)
         if self.encoder is None or not self.encoder.dense:
             return self.encoder
         projection = state.distiller.hidden_projections[-1].weight  # (D_t,D_s)
         return self.encoder.composed(projection, torch.zeros(len(projection)))
 
-    def export(self, state):
+    def export(self, state, encoder: SentenceEncoder | None):
         """Write the student atomically as a standard model folder, with `lineage.json`: for every group the teacher
         indices of the kept units (none for a student that started from random weights)."""
         student, folder = state.distiller.student, self.args.output / "student"
@@ -168,7 +182,6 @@ class Session:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
         checkpoint.save_model(student, work)
-        encoder = self.student_encoder(state)
         checkpoint.save_tokenizer(self.tokenizer, work,
                                   encoder.max_length if encoder else student.config.max_position_embeddings)
         if encoder:

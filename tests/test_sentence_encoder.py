@@ -2,10 +2,13 @@
 
 import functools
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
+import scipy.spatial
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -14,8 +17,11 @@ from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
 import distill
+from data import MaskedRows
+from support import session
 from support.checkpoint import load_model, load_tokenizer
-from support.sentence_encoder import SentenceEncoder
+from support.evaluation import sentence_agreement
+from support.sentence_encoder import SentenceEncoder, sentences_of
 
 TEXTS = ["The river is long.", "a small bridge of stone and the old city", "fire", "the queen of the sea " * 9]
 PROMPTS = {"query": "the night: ", "document": ""}
@@ -140,6 +146,85 @@ def test_the_dense_of_a_trained_student_is_closer_to_the_teacher_than_a_sliced_o
     tensors = load_file(folder / "2_Dense" / "model.safetensors")
     save_file(load_file(path) | {"linear.weight": tensors["linear.weight"][:, kept].contiguous()}, path)
     assert code == 0 and composed > F.cosine_similarity(encode(student, prompt=""), expected).mean() + 0.01
+
+
+@pytest.mark.parametrize("pooling, dense, normalize", VARIANTS)
+def test_keep_space_ends_the_student_with_the_least_squares_map_to_the_teacher_s_vectors(
+        teacher, distilled, pooling, dense, normalize, monkeypatch):
+    """Fitted on training text before the teacher's own Dense, which keeps its activation."""
+    fitted_on, sentences_of = [], session.sentences_of
+    monkeypatch.setattr(session, "sentences_of", lambda rows, count, tokenizer: (
+        fitted_on.append((rows, sentences_of(rows, count, tokenizer))), fitted_on[-1][1])[1])
+    folder = teacher(pooling, dense, normalize)
+    code, student = distilled(folder, "--keep-space")
+    assert code == 0 and [module["path"] for module in json.loads((student / "modules.json").read_text())] == [
+        "", "1_Pooling", "2_Dense", *["3_Normalize"] * normalize]
+    rows, sentences = fitted_on[-1]
+    assert len(rows) > len(fitted_on[0][0])  # the first call is for the held-out rows
+    x = read(student).pooled(load_model(student), sentences).double().numpy()
+    y = read(folder).pooled(load_model(folder), sentences).double().numpy()
+    inputs = np.concatenate([x, np.ones((len(x), 1))], axis=1)
+    ridge = 1e-4 * (x**2).mean(0).mean() * len(x)
+    penalty = np.diag([ridge] * 16 + [0.0]) ** 0.5  # rows that make numpy's least squares a ridge regression
+    solution = np.linalg.lstsq(np.concatenate([inputs, penalty]), np.concatenate([y, np.zeros((17, 32))]))[0]
+    weight, bias = solution[:-1].T, solution[-1]
+    if dense:
+        first = load_file(folder / "2_Dense" / "model.safetensors")
+        weight, bias = first["linear.weight"].numpy() @ weight, first["linear.weight"].numpy() @ bias + first[
+            "linear.bias"].numpy()
+    written = load_file(student / "2_Dense" / "model.safetensors")
+    np.testing.assert_allclose(written["linear.weight"], weight, atol=2e-4)
+    np.testing.assert_allclose(written["linear.bias"], bias, atol=2e-4)
+    vectors = read(student).vectors(load_model(student), token_ids(student))
+    torch.testing.assert_close(vectors, encode(student, prompt=""), rtol=0, atol=1e-5)
+    assert vectors.shape == encode(folder).shape
+
+
+def test_keep_space_needs_a_sentence_encoder(checkpoint, distilled, capsys):
+    code, student = distilled(checkpoint, "--keep-space")
+    error = capsys.readouterr().err
+    assert code == 2 and error.count("\n") == 1 and "--keep-space needs a sentence encoder" in error
+    assert not student.parent.exists()
+
+
+def test_the_end_table_compares_sentence_vectors(teacher, distilled, capsys):
+    folder = teacher()
+    for flags, named in (((), ["Spearman"]), (("--keep-space",), ["Spearman", "cosine to the", "own sentence first"])):
+        assert distilled(folder, *flags)[0] == 0
+        lines = [line for line in capsys.readouterr().out.splitlines() if re.match("Spearman|cosine|own", line)]
+        assert len(lines) == len(named) and all(map(str.startswith, lines, named))
+        assert all(0 < float(line.split()[-1].rstrip("%")) <= 100 for line in lines)
+
+
+def test_the_agreement_of_sentence_vectors_equals_scipy_s_and_a_search_one_by_one():
+    rng = np.random.default_rng(0)
+    t = rng.normal(size=(30, 6))
+    s = t + rng.normal(size=t.shape)
+    values = sentence_agreement(torch.tensor(s), torch.tensor(t))
+
+    def cosines(a, b):
+        return 1 - scipy.spatial.distance.cdist(a, b, "cosine")
+
+    upper = np.triu_indices(30, 1)
+    assert values["sentence_spearman"] == pytest.approx(
+        scipy.stats.spearmanr(cosines(s, s)[upper], cosines(t, t)[upper]).statistic)
+    assert values["sentence_cosine"] == pytest.approx(np.diag(cosines(s, t)).mean())
+    first = sum(max(range(30), key=lambda j: cosines(s[[i]], t[[j]])[0, 0]) == i for i in range(30)) / 30
+    assert values["own_sentence_first"] == pytest.approx(first) and 0 < first < 1
+    assert "sentence_cosine" not in sentence_agreement(torch.tensor(s[:, :3]), torch.tensor(t))
+
+
+def test_sentences_are_different_whole_and_from_all_over_the_text(tokenizer):
+    def ids(text):
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    text = "end of it. the river is by day. the old city. water and fire! sea? light on the stone road. a tree by"
+    rows = [ids(text)[:30]] * 2 + [ids("the night and the day " * 6)[:30]] * 2
+    assert {len(row) for row in rows} == {30}
+    masked = MaskedRows(np.array(rows, np.uint16).ravel(), 32, tokenizer)
+    expected = ["the river is by day.", "light on the stone road.", "the night and the day " * 6]
+    assert [list(ids) for ids in sentences_of(masked, 10, tokenizer)] == [tokenizer.encode(t).ids for t in expected]
+    assert len(sentences_of(masked, 2, tokenizer)) == 2 and len(sentences_of(masked, 1, tokenizer)) == 1
 
 
 def test_a_plain_bert_has_no_modules(checkpoint):
