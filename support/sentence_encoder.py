@@ -24,7 +24,7 @@ from support.checkpoint import read_tensors
 from support.errors import InputError
 from support.files import read_json
 
-SETTINGS = ("config_sentence_transformers.json", "sentence_bert_config.json")  # prompts, similarity, maximum length
+SETTINGS = ("config_sentence_transformers.json", "sentence_bert_config.json", "tokenizer_config.json")
 ACTIVATIONS = ("Identity", "Tanh", "ReLU", "GELU")  # classes in torch.nn
 POOLING = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens"}
 BATCH, SHORTEST = 64, 5  # sentences at a time, tokens of a sentence
@@ -77,9 +77,8 @@ class SentenceEncoder:
                 dense.append(read_dense(folder / path, size))
                 size = len(dense[-1].bias)
         settings = {name: read_json(folder / name) for name in SETTINGS if (folder / name).is_file()}
-        tokenizer = folder / "tokenizer_config.json"
         limits = [settings.get("sentence_bert_config.json", {}).get("max_seq_length"),
-                  read_json(tokenizer).get("model_max_length") if tokenizer.is_file() else None]
+                  settings.pop("tokenizer_config.json", {}).get("model_max_length")]
         limits = [limit for limit in limits if type(limit) in (int, float) and limit >= 1]  # the first counts
         return cls(pooling_mode(pooling_config, folder / modules[1][1]), pooling_config, dense,
                    modules[-1][0] == "Normalize", int(min([*limits[:1], config.max_position_embeddings])), settings)

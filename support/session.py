@@ -22,6 +22,7 @@ from support.errors import InputError, Interrupted
 from support.evaluation import end_table, evaluate, milliseconds_per_row, sentence_agreement
 from support.files import atomic_rename, fsync, model_fingerprint
 from support.hub import find_model
+from support.model_card import model_card
 from support.sentence_encoder import SentenceEncoder, sentences_of
 from support.shapes import target_shape
 
@@ -61,7 +62,7 @@ class Session:
         torch.use_deterministic_algorithms(args.deterministic)
         args.precision = distributed.resolve_precision(args.precision, self.device)  # recorded, and kept on resume
 
-        folder = find_model(args.teacher)
+        folder = self.teacher_folder = find_model(args.teacher)
         self.teacher = checkpoint.load_model(folder).to(self.device).eval().requires_grad_(False)
         config = self.teacher.config
         self.encoder = SentenceEncoder.read(folder, config)  # None if the teacher is no sentence encoder
@@ -139,13 +140,14 @@ class Session:
             yield
         if RANK == 0:
             encoder = self.student_encoder(state)
-            self.export(state, encoder)
-            shutil.rmtree(self.checkpoints)
             milliseconds = milliseconds_per_row([self.teacher, student], self.heldout, self.device, self.autocast)
             if encoder:
                 self.result |= sentence_agreement(encoder.vectors(student, self.sentences),
                                                   self.encoder.vectors(self.teacher, self.sentences))
-            print(end_table(self.teacher, student, self.result, milliseconds))
+            table = end_table(self.teacher, student, self.result, milliseconds)
+            self.export(state, encoder, table)
+            shutil.rmtree(self.checkpoints)
+            print(table)
             print(f"student: {args.output / 'student'}")
 
     def print_plan(self, state):
@@ -174,9 +176,9 @@ class Session:
         projection = state.distiller.hidden_projections[-1].weight  # (D_t,D_s)
         return self.encoder.composed(projection, torch.zeros(len(projection)))
 
-    def export(self, state, encoder: SentenceEncoder | None):
-        """Write the student atomically as a standard model folder, with `lineage.json`: for every group the teacher
-        indices of the kept units (none for a student that started from random weights)."""
+    def export(self, state, encoder: SentenceEncoder | None, table: str):
+        """Write the student atomically as a standard model folder, with its model card and `lineage.json`: for every
+        group the teacher indices of the kept units (none for a student that started from random weights)."""
         student, folder = state.distiller.student, self.args.output / "student"
         work = folder.with_name("student.unfinished")
         shutil.rmtree(work, ignore_errors=True)
@@ -188,6 +190,10 @@ class Session:
             encoder.save(work, student.config.hidden_size)
         kept = {} if self.args.init == "random" else {group: ids.tolist() for group, ids in state.lineage.items()}
         (work / "lineage.json").write_text(json.dumps(kept, sort_keys=True) + "\n")
+        task = "sentence-similarity" if encoder else "fill-mask" if student.cls is not None else "feature-extraction"
+        versions = run_folder.read_record(self.args.output)["versions"]
+        (work / "README.md").write_text(model_card(self.args, task, self.teacher_folder, versions, table),
+                                        encoding="utf-8")
         atomic_rename(work, folder)
 
     def micro_batches(self, state):
