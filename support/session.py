@@ -170,6 +170,7 @@ class Session:
         the student has not learned yet, this is to slice it with the hidden group."""
         if self.args.keep_space:
             sentences = sentences_of(self.rows, FIT_SENTENCES, self.tokenizer)
+            print(f"fitting the student's vectors to the teacher's on {len(sentences):,} sentences")
             return self.encoder.fitted(state.distiller.student, self.teacher, sentences)
         if self.encoder is None or not self.encoder.dense:
             return self.encoder
