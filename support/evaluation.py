@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from data import MaskedRows
 from model import Bert
 from support.distributed import all_gather_objects, rank_slice, synchronized_time
+from support.metrics import spearman
 
 
 @torch.no_grad()
@@ -65,6 +66,20 @@ def milliseconds_per_row(models: list[Bert], rows: MaskedRows, device, autocast)
     return np.median(times[1:], axis=0).tolist()
 
 
+def sentence_agreement(student, teacher) -> dict[str, float]:
+    """How the student's sentence vectors (N,E_s) agree with the teacher's (N,E_t): the Spearman correlation of the
+    cosines of all pairs of sentences and, if E_s = E_t, the mean cosine of a sentence's two vectors, and how often the
+    student's vector of a sentence is closest to the teacher's of the same sentence."""
+    s, t = (F.normalize(vectors.double(), dim=1).cpu() for vectors in (student, teacher))
+    pairs = torch.ones(len(s), len(s)).triu(1).bool()
+    values = {"sentences": len(s), "student_vector": s.shape[1], "teacher_vector": t.shape[1],
+              "sentence_spearman": spearman((s @ s.T)[pairs].numpy(), (t @ t.T)[pairs].numpy())}
+    if s.shape == t.shape:
+        values["sentence_cosine"] = (s * t).sum(1).mean().item()
+        values["own_sentence_first"] = ((s @ t.T).argmax(1) == torch.arange(len(s))).double().mean().item()
+    return values
+
+
 def end_table(teacher: Bert, student: Bert, result: dict, milliseconds: list[float]) -> str:
     """Teacher and student side by side, with standard errors over the held-out rows."""
     configs = teacher.config, student.config
@@ -83,5 +98,11 @@ def end_table(teacher: Bert, student: Bert, result: dict, milliseconds: list[flo
         rows["held-out top-1 accuracy"] = value("teacher_top1", ".1%"), value("top1", ".1%")
         rows["KL to the teacher, nats"] = "0", value("kl")
     rows["hidden states, MSE"] = "0", value("hidden_mse", ".4f")
+    if "sentences" in result:
+        rows["sentence vector size"] = result["teacher_vector"], result["student_vector"]
+        rows["Spearman of cosines"] = "1", f"{result['sentence_spearman']:.3f}"
+    if "sentence_cosine" in result:
+        rows["cosine to the teacher's"] = "1", f"{result['sentence_cosine']:.3f}"
+        rows[f"own sentence first of {result['sentences']:,}"] = "100.0%", f"{result['own_sentence_first']:.1%}"
     rows["milliseconds per row"] = [f"{ms:.2f}" for ms in milliseconds]
     return "\n".join(f"{name:<28}{a:>18}{b:>18}" for name, (a, b) in rows.items())

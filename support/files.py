@@ -9,6 +9,9 @@ from pathlib import Path
 
 from support.errors import InputError, one_line
 
+MODEL_FILES = ("config.json", "vocab.txt", "tokenizer.json", "modules.json", "config_sentence_transformers.json",
+               "sentence_bert_config.json")
+
 
 def read_json(path: Path) -> dict:
     """The JSON object in `path`. Raises InputError if there is none."""
@@ -32,7 +35,7 @@ def fsync(path: Path):
 
 def atomic_rename(work: Path, folder: Path):
     """Give the finished folder `work` its name. After a power failure it exists completely or not at all."""
-    for path in (*work.iterdir(), work):
+    for path in (*work.rglob("*"), work):
         fsync(path)
     work.rename(folder)
     fsync(folder.parent)
@@ -64,7 +67,8 @@ def file_hash(path: Path) -> str:
 
 
 def model_fingerprint(folder: Path) -> str:
-    """A hash of everything that makes up a model: weights, shape and vocabulary."""
-    parts = [f"{path.name} {file_hash(path)}" for path in sorted(folder.iterdir()) if path.suffix in
-             (".safetensors", ".bin") or path.name in ("config.json", "vocab.txt", "tokenizer.json")]
+    """A hash of everything that makes up a model: weights, shape, vocabulary, and the modules of a sentence encoder."""
+    paths = sorted([*folder.iterdir(), *folder.glob("[0-9]*_*/*")])
+    parts = [f"{path.relative_to(folder)} {file_hash(path)}" for path in paths if path.suffix in
+             (".safetensors", ".bin") or path.name in MODEL_FILES]
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]

@@ -2,6 +2,7 @@
 flags that are not the method's own, presets, and the flags of a resumed run."""
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -52,6 +53,9 @@ DATA_FLAGS = (
 )
 RUN_FLAGS = (
     Flag("--output", None, Path, "Run folder for run.json, log.jsonl and student/. Default: runs/TEACHER-D."),
+    Flag("--keep-space", False, bool, "For sentence encoders: add a Dense layer, fitted by least squares on training "
+         "text, that maps the student's vectors into the teacher's vector space, so that they can be searched in an "
+         "index built with the teacher. Without it, sentence vectors have --target-width dimensions."),
     Flag("--overwrite", False, bool, "Replace the run in the output folder."),
     Flag("--resume", False, bool, "Resume the run in --output with its original flags, from its last checkpoint."),
     Flag("--save-minutes", 15.0, NONNEGATIVE, "Minutes between checkpoints."),
@@ -93,7 +97,7 @@ def parse_flags(argv: list[str] | None, description: str, method_flags: tuple[Fl
         raise InputError("a file or folder name in the flags is not UTF-8: rename it")
     given = vars(parser.parse_args(argv))
     if "resume" in given:
-        return argparse.Namespace(**resumed_flags(given, set(defaults)))
+        return argparse.Namespace(**resumed_flags(given, {*defaults, "command"}))
     chosen = given.get("preset", [])
     if unknown := [name for name in chosen if name not in presets]:
         raise InputError(f"--preset {unknown[0]} is unknown: use one or more of {', '.join(presets)}")
@@ -101,7 +105,8 @@ def parse_flags(argv: list[str] | None, description: str, method_flags: tuple[Fl
         chosen = ["demo", *chosen]
     for name in chosen:
         defaults |= presets[name]
-    return argparse.Namespace(**defaults | given | {"preset": chosen})
+    command = shlex.join(["python", "distill.py", *argv])
+    return argparse.Namespace(**defaults | given | {"preset": chosen} | {"command": command})
 
 
 def add_flag(group, flag: Flag) -> argparse.Action:

@@ -13,6 +13,8 @@ from support.errors import InputError, one_line
 from support.files import locked, write_atomically
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that exists is used
+OPTIONAL_FILES = {"tokenizer_config.json", "special_tokens_map.json", "README.md", "modules.json",
+                  "config_sentence_transformers.json", "sentence_bert_config.json"}  # three of a sentence encoder
 LISTING = ".listing"  # in the folder of a data set: all its file names, as most files may not have been downloaded
 
 
@@ -44,8 +46,8 @@ def find_model(name: str) -> Path:
         tokenizer = [file for file in ("vocab.txt", "tokenizer.json") if file in files]
         if not weights or not tokenizer or "config.json" not in files:
             raise InputError(f"{name} on the hub lacks config.json, a tokenizer or {' or '.join(WEIGHT_FILES)}")
-        optional = {"tokenizer_config.json", "special_tokens_map.json"}
-        return [*weights, *tokenizer, "config.json", *(optional & set(files))]
+        modules = [file for file in files if re.fullmatch(rf"\d+_\w+/(config\.json|{'|'.join(WEIGHT_FILES)})", file)]
+        return [*weights, *tokenizer, "config.json", *modules, *(OPTIONAL_FILES & set(files))]
 
     return Path(name if os.path.isdir(name) else hub_files(name, "model", wanted)[0])
 

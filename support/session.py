@@ -19,13 +19,16 @@ import prune
 from support import checkpoint, distributed, fast, run_folder
 from support.distributed import RANK, WORLD, rank_slice, synchronized_time
 from support.errors import InputError, Interrupted
-from support.evaluation import end_table, evaluate, milliseconds_per_row
+from support.evaluation import end_table, evaluate, milliseconds_per_row, sentence_agreement
 from support.files import atomic_rename, fsync, model_fingerprint
 from support.hub import find_model
+from support.model_card import model_card
+from support.sentence_encoder import SentenceEncoder, sentences_of
 from support.shapes import target_shape
 
 CPU_MICRO_BATCH = 64  # rows; larger ones gain nothing on a CPU
 ESTIMATE_AFTER = 3  # steps
+FIT_SENTENCES, REPORT_SENTENCES = 8192, 1000
 
 
 @contextlib.contextmanager
@@ -59,9 +62,12 @@ class Session:
         torch.use_deterministic_algorithms(args.deterministic)
         args.precision = distributed.resolve_precision(args.precision, self.device)  # recorded, and kept on resume
 
-        folder = find_model(args.teacher)
+        folder = self.teacher_folder = find_model(args.teacher)
         self.teacher = checkpoint.load_model(folder).to(self.device).eval().requires_grad_(False)
         config = self.teacher.config
+        self.encoder = SentenceEncoder.read(folder, config)  # None if the teacher is no sentence encoder
+        if args.keep_space and self.encoder is None:
+            raise InputError(f"--keep-space needs a sentence encoder, but {args.teacher} has no modules.json")
         if args.target_width is None:
             args.target_width = config.hidden_size // 2
         self.teacher_shape = prune.Shape.of(config)
@@ -81,6 +87,9 @@ class Session:
         if not WORLD <= args.batch_size <= len(self.rows):
             raise InputError(f"--batch-size {args.batch_size} must be from {WORLD}, the number of processes, to "
                              f"{len(self.rows)}, the rows of {args.seq_length} tokens in the corpus")
+        self.sentences = sentences_of(self.heldout, REPORT_SENTENCES, self.tokenizer) if self.encoder else []
+        if self.encoder and len(self.sentences) < 3:
+            raise InputError("the held-out part of the corpus has fewer than 3 sentences to compare: use more text")
         self.fingerprints = {"corpus": corpus_key, "teacher": model_fingerprint(folder)}
         self.checkpoints = args.output / "checkpoints"
         self.saved = None  # the checkpoint to resume from
@@ -134,10 +143,15 @@ class Session:
                 self.step_start, self.saved_at = time.perf_counter(), time.monotonic()
                 yield
         if RANK == 0:
-            self.export(state)
-            shutil.rmtree(self.checkpoints)
+            encoder = self.student_encoder(state)
             milliseconds = milliseconds_per_row([self.teacher, student], self.heldout, self.device, self.autocast)
-            print(end_table(self.teacher, student, self.result, milliseconds))
+            if encoder:
+                self.result |= sentence_agreement(encoder.vectors(student, self.sentences),
+                                                  self.encoder.vectors(self.teacher, self.sentences))
+            table = end_table(self.teacher, student, self.result, milliseconds)
+            self.export(state, encoder, table)
+            shutil.rmtree(self.checkpoints)
+            print(table)
             print(f"student: {args.output / 'student'}")
 
     def print_plan(self, state):
@@ -154,17 +168,37 @@ class Session:
         if self.saved:
             print(f"resumed after step {state.step}")
 
-    def export(self, state):
-        """Write the student atomically as a standard model folder, with `lineage.json`: for every group the teacher
-        indices of the kept units (none for a student that started from random weights)."""
+    def student_encoder(self, state) -> SentenceEncoder | None:
+        """The teacher's modules for the student. --keep-space adds a Dense, fitted on training text. Without it, the
+        teacher's own Dense reads the student's states through the projection of the last layer, H_t ~= H_s W_hidn; if
+        the student has not learned yet, this is to slice it with the hidden group."""
+        if self.args.keep_space:
+            sentences = sentences_of(self.rows, FIT_SENTENCES, self.tokenizer)
+            print(f"fitting the student's vectors to the teacher's on {len(sentences):,} sentences")
+            return self.encoder.fitted(state.distiller.student, self.teacher, sentences)
+        if self.encoder is None or not self.encoder.dense:
+            return self.encoder
+        projection = state.distiller.hidden_projections[-1].weight  # (D_t,D_s)
+        return self.encoder.composed(projection, torch.zeros(len(projection)))
+
+    def export(self, state, encoder: SentenceEncoder | None, table: str):
+        """Write the student atomically as a standard model folder, with its model card and `lineage.json`: for every
+        group the teacher indices of the kept units (none for a student that started from random weights)."""
         student, folder = state.distiller.student, self.args.output / "student"
         work = folder.with_name("student.unfinished")
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
         checkpoint.save_model(student, work)
-        checkpoint.save_tokenizer(self.tokenizer, work, student.config.max_position_embeddings)
+        checkpoint.save_tokenizer(self.tokenizer, work,
+                                  encoder.max_length if encoder else student.config.max_position_embeddings)
+        if encoder:
+            encoder.save(work, student.config.hidden_size)
         kept = {} if self.args.init == "random" else {group: ids.tolist() for group, ids in state.lineage.items()}
         (work / "lineage.json").write_text(json.dumps(kept, sort_keys=True) + "\n")
+        task = "sentence-similarity" if encoder else "fill-mask" if student.cls is not None else "feature-extraction"
+        versions = run_folder.read_record(self.args.output)["versions"]
+        (work / "README.md").write_text(model_card(self.args, task, self.teacher_folder, versions, table),
+                                        encoding="utf-8")
         atomic_rename(work, folder)
 
     def micro_batches(self, state):

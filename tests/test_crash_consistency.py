@@ -142,6 +142,8 @@ def test_an_exported_folder_is_complete_or_absent_after_every_power_failure(tmp_
         work.mkdir()
         (work / "config.json").write_text(json.dumps({"hidden_size": 16}))
         (work / "model.safetensors").write_bytes(safetensors.torch.save({"weight": torch.ones(100)}))
+        (work / "1_Pooling").mkdir()
+        (work / "1_Pooling" / "config.json").write_text('{"pooling_mode": "cls"}')
         files.atomic_rename(work, root / "student")
     found = set()
     for _ in every_state(recorder, root):
@@ -149,6 +151,7 @@ def test_an_exported_folder_is_complete_or_absent_after_every_power_failure(tmp_
         if there:
             assert json.loads((root / "student" / "config.json").read_text()) == {"hidden_size": 16}
             assert safetensors.torch.load_file(root / "student" / "model.safetensors")["weight"].sum() == 100
+            assert json.loads((root / "student" / "1_Pooling" / "config.json").read_text()) == {"pooling_mode": "cls"}
         found.add(there)
     assert found == {True, False}
 

@@ -41,8 +41,11 @@ def test_everything_is_on_the_disk_before_a_file_or_folder_gets_its_name(tmp_pat
     work = tmp_path / "work"
     work.mkdir()
     (work / "content").write_text("content")
+    (work / "1_Pooling").mkdir()
+    (work / "1_Pooling" / "config.json").write_text("{}")
     files.atomic_rename(work, tmp_path / "done")
-    assert events == [("content", True, False), ("work", True, False), (tmp_path.name, True, True)]
+    assert sorted(events[:-2]) == [(name, True, False) for name in ("1_Pooling", "config.json", "content")]
+    assert events[-2:] == [("work", True, False), (tmp_path.name, True, True)]
 
 
 def test_lock_lets_one_in_at_a_time_and_ends_with_an_error(tmp_path):
@@ -62,7 +65,7 @@ def test_lock_lets_one_in_at_a_time_and_ends_with_an_error(tmp_path):
     assert order == ["first", "second"]
 
 
-def test_fingerprint_changes_with_weights_shape_and_vocabulary_only(checkpoint, tmp_path):
+def test_fingerprint_changes_with_weights_shape_vocabulary_and_modules_only(checkpoint, tmp_path):
     folder = shutil.copytree(checkpoint, tmp_path / "copy")
     original = files.model_fingerprint(folder)
     assert original == files.model_fingerprint(checkpoint)
@@ -73,7 +76,12 @@ def test_fingerprint_changes_with_weights_shape_and_vocabulary_only(checkpoint, 
         with open(folder / name, "ab") as stream:
             stream.write(b" ")
         fingerprints.add(files.model_fingerprint(folder))
-    assert len(fingerprints) == 5
+    for name in ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json",
+                 "2_Dense/config.json", "2_Dense/model.safetensors", "3_Dense/model.safetensors"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+        fingerprints.add(files.model_fingerprint(folder))
+    assert len(fingerprints) == 11
 
 
 @pytest.mark.parametrize("content, words", [

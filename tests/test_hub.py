@@ -33,6 +33,18 @@ def test_model_in_the_cache_is_found_without_the_hub(hub_snapshot, checkpoint, r
     assert find_model("owner/bert") == snapshot
 
 
+def test_the_needed_files_of_a_sentence_encoder_include_its_modules_and_its_card(monkeypatch, tmp_path):
+    needed = ["model.safetensors", "vocab.txt", "config.json", "1_Pooling/config.json", "2_Dense/config.json",
+              "2_Dense/model.safetensors", "tokenizer_config.json", "modules.json", "sentence_bert_config.json",
+              "config_sentence_transformers.json", "README.md"]
+    others = ["pytorch_model.bin", "onnx/model.onnx", "1_Pooling/train.py", "data.json", "openvino/config.json"]
+    asked = []
+    monkeypatch.setattr("support.hub.hub_files", lambda name, kind, wanted: (
+        asked.extend(wanted([*needed, *others])), (str(tmp_path), []))[1])
+    assert find_model("owner/encoder") == tmp_path
+    assert sorted(asked) == sorted(needed)
+
+
 @pytest.mark.parametrize("removed", [["config.json"], ["model.safetensors"], ["tokenizer.json", "vocab.txt"]])
 def test_model_that_is_incomplete_in_the_cache_is_refused_without_the_hub(hub_snapshot, checkpoint, refused, removed):
     snapshot = shutil.copytree(checkpoint, hub_snapshot("model", "owner/bert"), dirs_exist_ok=True)

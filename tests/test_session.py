@@ -212,6 +212,7 @@ def test_the_command_of_a_run_can_be_given_again_with_resume(tmp_path, refused):
     resume_flags = ["--resume", "--output", str(tmp_path), "--precision", "auto", "--preset"]
     args = distill.parse_arguments([*resume_flags, "imitation"])
     assert args.preset == ["demo", "imitation"] and args.precision == "fp32" and args.alpha_mlm == 0
+    assert args.command == "python distill.py --preset imitation"  # of the start, for the model card
     with refused("--preset was ['demo', 'imitation']"):
         distill.parse_arguments([*resume_flags, "compensated"])
 

@@ -236,7 +236,8 @@ class Small:
             return f"does not continue: exit code {code}, {printed.strip()[-300:]!r}"
         for path in (self.undisturbed / "student").iterdir():
             other = output / "student" / path.name
-            if not other.is_file() or other.read_bytes() != path.read_bytes():
+            timed = path.name == "README.md"  # its table has the milliseconds per row
+            if not other.is_file() or not timed and other.read_bytes() != path.read_bytes():
                 return f"student/{path.name} differs"
         if log and history(output) != history(self.undisturbed):
             return "log.jsonl differs"

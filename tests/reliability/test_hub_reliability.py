@@ -62,7 +62,7 @@ def test_model_is_downloaded_once_and_only_its_needed_files(python, checkpoint):
         answer, *_ = find(python, "owner/bert", endpoint=endpoint)
     assert not answer.startswith("refused"), answer
     assert set(downloaded) == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-                               "vocab.txt"}
+                               "vocab.txt", "README.md"}
     assert (Path(answer) / "model.safetensors").read_bytes() == files["model.safetensors"]
     assert load_model(answer).config.hidden_size == 32
     assert find(python, "owner/bert")[0] == answer  # now from the cache: this hub is unreachable
