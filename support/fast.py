@@ -5,7 +5,7 @@ Memory traffic bounds a step on a GPU. Predicted savings for the paper's setting
     bf16 between layers 1.6     compiled layers 1.0     compiled vocabulary losses 0.8
     compiled squared errors 0.4     one matmul for Q, K and V 0.2
 None was measured on a GPU; docs/performance.md has what was measured on a CPU. Evaluations, and the fits of
---compensate, whose hooks compiled layers would ignore, are not compiled. TORCH_COMPILE_DISABLE=1 switches all off.
+--compensate, which put hooks into the layers, are not compiled. TORCH_COMPILE_DISABLE=1 switches all of it off.
 """
 
 import contextlib
