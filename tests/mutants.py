@@ -268,7 +268,9 @@ def run_test(copy: Path, test: str, expression: str) -> int:
         sys.path[:0] = [str(copy), str(copy / "tests")]
         import pytest
 
-        code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", f"tests/test_{test}.py", "-k", expression])
+        folder = "tests/reliability" if (copy / "tests" / "reliability" / f"test_{test}.py").exists() else "tests"
+        code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--reliability", f"{folder}/test_{test}.py", "-k",
+                            expression])
         os._exit(0 if code == 0 else 5 if code == 5 else 1)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
