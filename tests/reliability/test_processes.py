@@ -191,6 +191,6 @@ def test_on_gpus_objects_are_exchanged_by_gloo(tmp_path):
         "distributed.init_distributed(torch.device('cuda', 0))",
         "assert distributed.dist.distributed_c10d._get_object_coll_device() == 'cpu'",
         "assert distributed.all_gather_objects(f'from {distributed.RANK}') == ['from 0', 'from 1']",
-        "distributed.cleanup_distributed()"]) + "\n")
+        "distributed.dist.destroy_process_group()"]) + "\n")
     done = torchrun(2, program)
     assert done.returncode == 0, done.stderr
