@@ -376,6 +376,23 @@ def test_interrupted_tokenisation_is_never_taken_for_a_finished_one(tmp_path, co
         assert len(day_numbers(tokens.train, tokenizer) | day_numbers(tokens.heldout, tokenizer)) == 120
 
 
+def test_a_document_in_which_tokenisation_is_resumed_stays_on_its_side(tmp_path, documents, tokenizer, monkeypatch):
+    monkeypatch.setattr(corpora, "TOKENISE_AT_ONCE", 20_000)
+    long = [documents[0] * 300, *documents[1:40]]  # the first is held out, and in several blocks
+    path = write_corpus(tmp_path / "x.jsonl", long)
+    blocks = corpora.blocks
+
+    def interrupted(*args):
+        yield next(blocks(*args))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(corpora, "blocks", interrupted)
+        tokenise([str(path)], tokenizer, tmp_path / "cache")
+    tokens = tokenise([str(path)], tokenizer, tmp_path / "cache")
+    assert (tokens.train.tolist(), tokens.heldout.tolist()) == expected_parts(long, tokenizer)
+
+
 # ---- Rows and masks ------------------------------------------------------------------------------------------
 
 S = 32
