@@ -240,7 +240,8 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
 # ---- The loop ------------------------------------------------------------------------------------------------
 
 
-def losses_and_gradients(session: Session, state: TrainingState, batch, fraction: float, is_last, ranking_only: bool):
+def losses_and_gradients(session: Session, state: TrainingState, batch: data.Batch, fraction: float, is_last: bool,
+                         ranking_only: bool) -> dict[str, torch.Tensor]:
     """Add the gradients of one micro-batch, `fraction` of the global batch, and return its share of the losses.
     Several processes average their gradients in the last micro-batch."""
     with distributed.sync_only_if(state.engine, is_last):

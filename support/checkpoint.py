@@ -68,9 +68,9 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
             tensors = safetensors.torch.load_file(path)
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
-        return {standard_name(str(name)): tensor.float() for name, tensor in tensors.items()}
+        return {str(name): tensor.float() for name, tensor in tensors.items()}
     except Exception as error:  # anything from SafetensorError to UnicodeDecodeError; torch's would need many lines
-        raise InputError(f"{path} is damaged, or contains code or other things than tensors, and was not opened "
+        raise InputError(f"{path} is damaged, or contains code or other objects beside tensors, and was not opened "
                          f"({type(error).__name__})") from None
 
 
@@ -84,7 +84,8 @@ def standard_name(name: str) -> str:
 def load_model(folder: Path) -> Bert:
     """Load a BERT, with pooler and masked-LM head if the checkpoint has them. Raises InputError, which names tensors
     that are missing, unexpected or of the wrong shape."""
-    config, tensors = load_config(folder), read_tensors(folder)
+    config = load_config(folder)
+    tensors = {standard_name(name): tensor for name, tensor in read_tensors(folder).items()}
     unused = sorted(name for name in tensors if re.match(UNUSED, name))
     if unused:
         print(f"{folder}: not part of this model and dropped: {', '.join(unused)}")

@@ -1,10 +1,10 @@
-"""Faster training steps for long runs on a GPU. The textbook forms stay in model.py and distill.py; while `compiled` is
-entered, which Session does around the loop if `pays`, they are compiled and a few operations pass over memory less.
+"""Faster training steps for long runs on a GPU. The textbook forms stay in model.py and distill.py. `with
+compiled(...)`, which Session puts around the loop if `pays`, compiles them and lets some operations access memory less.
 
 Memory traffic bounds a step on a GPU. Predicted savings for the paper's settings on one H100, of 8.8 hours:
     bf16 between layers 1.6     compiled layers 1.0     compiled vocabulary losses 0.8
     compiled squared errors 0.4     one matmul for Q, K and V 0.2
-None was measured on a GPU; docs/performance.md has what was measured on a CPU. Evaluations, and the fits of
+None was measured on a GPU. Evaluations, and the fits of
 --compensate, which put hooks into the layers, are not compiled. TORCH_COMPILE_DISABLE=1 switches all of it off.
 """
 
@@ -91,8 +91,8 @@ def switch_on(undo: contextlib.ExitStack, student, teacher, losses, backend: str
 
 @contextlib.contextmanager
 def compiled(session, state, backend: str = "inductor"):
-    """Training steps run compiled while this is entered. The first micro-batch is computed once for a trial; if that
-    fails, for example without a C compiler, a line says so and all steps run eagerly."""
+    """Training steps run compiled while this is entered. The first micro-batch is computed once as a trial; if that
+    fails, for example without a C compiler, one line says so and all steps run eagerly."""
     session.progress.write("compiling the training step, which takes minutes; TORCH_COMPILE_DISABLE=1 switches it off")
     batch, fraction, _ = next(session.micro_batches(state))
     loop = sys.modules[type(state.distiller).__module__]  # distill.py, which is __main__ when it is run

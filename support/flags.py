@@ -40,11 +40,10 @@ WIKIPEDIA = "hub:wikimedia/wikipedia:20231101.en"
 DATA_FLAGS = (
     Flag("--teacher", None, str, "Folder or hub name of the BERT to distil. Without it, the bundled teacher is "
          "distilled with --preset demo."),
-    Flag("--corpus", [WIKIPEDIA], list, "Training text: .txt, .jsonl or .json with an object a line, all of these "
-         "also .gz, .parquet, folders of these, hub:OWNER/NAME:CONFIG, or demo, the documentation that comes with "
-         "Python."),
-    Flag("--text-column", ["text"], list, "Columns of .parquet and fields of .jsonl that hold the text. Several are "
-         "joined by line breaks to one document."),
+    Flag("--corpus", [WIKIPEDIA], list, "Training text: .txt, .jsonl or .json with one object per line, the same as "
+         ".gz, .parquet, folders of these, hub:OWNER/NAME:CONFIG, or demo, the documentation that comes with Python."),
+    Flag("--text-column", ["text"], list, "Columns of .parquet and fields of .jsonl that hold the text. The "
+         "texts of several columns are joined, one per line, into one document."),
     Flag("--corpus-tokens", None, number(int, 1, 10**15), "Training tokens after which the rest of the corpus is not "
          "read, rounded up to a block of about 2 million characters. Hub files are downloaded one by one until then. "
          "Default: the whole corpus."),

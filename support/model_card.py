@@ -10,7 +10,7 @@ vectors = model.encode(["The river is long.", "A bridge crosses the river."])
 print(model.similarity(vectors, vectors))""",
     "transformers": """from transformers import pipeline
 model = pipeline("TASK", ".")  # this folder, or its name on the hub
-print(model("The river is [MASK]."))""",
+print(model(f"The river is {model.tokenizer.mask_token}."))""",
 }
 CARD = """---
 {metadata}
@@ -18,8 +18,8 @@ CARD = """---
 
 # {name}, distilled to hidden size {width}
 
-A copy of the teacher, pruned while it was distilled (HomoDistil, Liang et al., ICLR 2023). Quality on held-out text,
-± the standard error:
+The student started as its teacher and was pruned while it was distilled (HomoDistil, Liang et al., ICLR 2023).
+Quality on held-out text, ± the standard error:
 
 ```
 {table}

@@ -1,4 +1,5 @@
-"""Sentence encoders: what a SentenceTransformer folder has behind its BERT, read from a teacher, written for a student.
+"""Sentence encoders: the modules that follow the BERT in a SentenceTransformer, read from a teacher, written for a
+student.
 
     encoder = SentenceEncoder.read(folder, bert.config)  # None if the folder has no modules.json
     vectors = encoder.vectors(bert, sentences)           # (N,E)
@@ -153,8 +154,7 @@ def pooling_mode(config: dict, folder: Path) -> str:
 
 def read_dense(folder: Path, size: int) -> Dense:
     """The Dense layer in `folder`, whose input must have `size` dimensions. Raises InputError."""
-    config = read_json(folder / "config.json")
-    tensors = {name.removeprefix("bert."): tensor for name, tensor in read_tensors(folder).items()}
+    config, tensors = read_json(folder / "config.json"), read_tensors(folder)
     activation = str(config.get("activation_function", "Tanh")).rpartition(".")[2]  # Tanh is the library's default
     ports = [config.get(f"module_{end}_name") or "sentence_embedding" for end in ("input", "output")]
     if activation not in ACTIVATIONS or config.get("use_residual") or ports != ["sentence_embedding"] * 2:

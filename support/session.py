@@ -157,8 +157,8 @@ class Session:
     def print_plan(self, state):
         args = self.args
         rows = args.steps * args.batch_size
-        preset = " + ".join(args.preset) or "of the paper"
-        print(f"settings: preset {preset}, learning rate {args.learning_rate:g}, {args.precision}")
+        preset = f"preset {' + '.join(args.preset)}" if args.preset else "those of the paper"
+        print(f"settings: {preset}, learning rate {args.learning_rate:g}, {args.precision}")
         print(f"{args.teacher}: {self.teacher.parameter_count() / 1e6:.1f} M parameters, D F H K "
               f"{tuple(self.teacher_shape)} -> {tuple(self.target_shape)}")
         print(f"{args.steps:,} steps of {args.batch_size:,} x {args.seq_length} tokens on {self.device}"
