@@ -223,7 +223,7 @@ def tokenise(corpora: list[str], tokenizer: Tokenizer, cache: Path, columns: Seq
         raise InputError(f"tokenising into {cache} failed: {one_line(error)}") from None
     meta = read_json(folder / "meta.json")
     if meta["replaced"]:
-        print(f"corpus: {meta['replaced']} characters are U+FFFD, the sign of text that is not UTF-8", file=sys.stderr)
+        print(f"corpus: U+FFFD characters, the sign of text that is not UTF-8: {meta['replaced']}", file=sys.stderr)
     return Tokens(*(np.memmap(folder / f"{side}.bin", meta["dtype"], "r") for side in ("train", "heldout")), key)
 
 
