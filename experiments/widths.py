@@ -32,7 +32,7 @@ def milliseconds_per_row(models: dict[str, Path]) -> dict[str, dict[str, float]]
     calls, times = {}, {}
     for arm, folder in models.items():
         path = experiment.RUNS / "student.onnx"
-        export_onnx.export(folder, path)
+        export_onnx.export(export_onnx.Student(folder), path)
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         bert = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
         calls[arm, "transformers"] = lambda bert=bert: bert(**tensors)

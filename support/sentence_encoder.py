@@ -94,13 +94,21 @@ class SentenceEncoder:
             lengths = torch.tensor([len(row) for row in rows], device=device)  # (B,)
             mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]  # (B,S)
             hidden = bert.eval()(ids, attention_mask=mask).hidden[-1].float()  # (B,S,D)
-            mean = (hidden * mask[..., None]).sum(1) / lengths[:, None]  # (B,D)
-            parts.append(hidden[:, 0] if self.pooling == "cls" else mean)
+            parts.append(self.pool(hidden, mask))
         return torch.cat(parts)
 
     def vectors(self, bert: Bert, sentences: list[np.ndarray]):
         """Sentence vectors (N,E)."""
-        vectors = self.pooled(bert, sentences)
+        return self.after_pooling(self.pooled(bert, sentences))
+
+    def pool(self, hidden, mask):
+        """Hidden states (B,S,D) -> pooled vectors (B,D). mask (B,S): 1 for a token, 0 for padding."""
+        mask = mask[..., None].to(hidden)  # (B,S,1)
+        mean = (hidden * mask).sum(1) / mask.sum(1)  # (B,D)
+        return hidden[:, 0] if self.pooling == "cls" else mean
+
+    def after_pooling(self, vectors):
+        """The modules behind the pooling: pooled vectors (N,D) -> sentence vectors (N,E)."""
         for layer in self.dense:
             vectors = layer(vectors)
         return F.normalize(vectors, dim=1) if self.normalize else vectors

@@ -182,7 +182,7 @@ MUTANTS = [
      "flags_win"),
     # sentence encoders
     ("support/sentence_encoder.py", 'hidden[:, 0] if self.pooling == "cls" else mean', "mean", "sentence_encoder", "opens_as"),
-    ("support/sentence_encoder.py", "/ lengths[:, None]", "/ ids.shape[1]", "sentence_encoder", "opens_as"),
+    ("support/sentence_encoder.py", "/ mask.sum(1)", "/ mask.shape[1]", "sentence_encoder", "opens_as"),
     ("support/sentence_encoder.py", "hidden_size  # the name", "len(self.settings)  # the name", "sentence_encoder", "opens_as"),
     ("support/sentence_encoder.py", "min([*limits[:1],", "min([*limits[1:],", "sentence_encoder", "earlier_versions"),
     ("support/sentence_encoder.py", '{"modules.json": table, **self.settings}', '{"modules.json": table}', "sentence_encoder", "opens_as"),
@@ -228,6 +228,10 @@ MUTANTS = [
     ("finetune.py", "if score > best_score:", "if True:", "finetune", "best"),
     ("finetune.py", "nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)", "pass", "finetune", ""),
     ("support/batches.py", "mask = columns < torch", "mask = columns <= torch", "finetune", "batches"),
+    ("experiments/export_onnx.py", "pool(hidden, attention_mask)", "pool(hidden, attention_mask * 0 + 1)", "sentence_encoder",
+     "exported"),
+    ("experiments/export_onnx.py", "else cosine >= SMALLEST_COSINE", "else True", "sentence_encoder", "exported"),
+    ("experiments/export_onnx.py", "int(not check(student, paths))", "check(student, paths) * 0", "sentence_encoder", "exported"),
     # support/fast.py
     ("support/fast.py", "(self.query, self.key, self.value)", "(self.key, self.query, self.value)", "fast", "one_matmul"),
     ("support/fast.py", "output.to(torch.get_autocast_dtype(device)) if", "output if", "fast", "layer_norm_rounds"),

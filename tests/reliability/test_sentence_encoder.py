@@ -11,6 +11,7 @@ import scipy.spatial
 import scipy.stats
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
@@ -102,6 +103,32 @@ def test_a_student_opens_as_its_teacher_does_and_our_vectors_are_those_of_the_li
         torch.testing.assert_close(vectors, encode(name, prompt=""), rtol=0, atol=1e-5)
     assert not torch.allclose(encode(student), encode(student, prompt=""), atol=1e-3)  # the default prompt is used
     assert encode(student, prompt="").norm(dim=1).allclose(torch.ones(4)) == normalize
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_exported_files_compute_the_library_s_vectors_in_onnxruntime(teacher, pooling, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    export_onnx = pytest.importorskip("export_onnx")
+    folder, path, small = teacher(pooling, dense=True), tmp_path / "student.onnx", tmp_path / "student.int8.onnx"
+    words = [str(folder), str(path)]
+    assert export_onnx.main([*words, "--int8"]) == 0
+    assert capsys.readouterr().out.count(" MB, ") == 2 and small.stat().st_size < path.stat().st_size
+    rows = list(map(torch.from_numpy, token_ids(folder)))
+    ids, mask = (torch.nn.utils.rnn.pad_sequence(r, batch_first=True) for r in (rows, list(map(torch.ones_like, rows))))
+    feeds = {"input_ids": ids.numpy(), "attention_mask": mask.numpy(), "token_type_ids": np.zeros_like(ids)}
+    vectors, quantized = (
+        torch.from_numpy(export_onnx.onnxruntime.InferenceSession(file).run(["sentence_embedding"], feeds)[0])
+        for file in (path, small))
+    expected = encode(folder, prompt="")
+    torch.testing.assert_close(vectors, expected, rtol=0, atol=1e-5)
+    assert 0.99 < F.cosine_similarity(quantized, expected).min() < 1 - 1e-6
+
+    for name in ("export", "quantize"):
+        monkeypatch.setattr(export_onnx, name, lambda *_: None)  # what is checked now are the files of another student
+    edit_dense(**{"linear.bias": torch.full((24,), 2.0)})(folder)
+    assert export_onnx.main(words) == 1
+    monkeypatch.setattr(export_onnx, "LARGEST_DIFFERENCE", 9)
+    assert export_onnx.main(words) == 0 and export_onnx.main([*words, "--int8"]) == 1
 
 
 def test_settings_in_the_files_of_earlier_versions_of_the_library_are_kept(teacher, distilled):
