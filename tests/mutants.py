@@ -205,6 +205,8 @@ MUTANTS = [
     ("support/hub.py", '"config.json", *modules, *(', '"config.json", *(', "hub", "sentence_encoder"),
     ("support/files.py", '*folder.glob("[0-9]*_*/*")', "", "files", "fingerprint"),
     ("support/files.py", 'work.rglob("*")', "work.iterdir()", "crash_consistency", "exported"),
+    ("pyproject.toml", '"torch>=2.9,<3"', '"torch>=2.9,<2.13"', "files", "pyproject"),
+    ("pyproject.toml", '    "pyarrow>=18",\n', "", "files", "pyproject"),
     # devices and precision
     ("data.py", "(t.pin_memory() if pin else t).to(device, non_blocking=True)", "t", "cuda", "right_device"),
     ("data.py", "(t.pin_memory() if pin else t)", "t", "cuda", "pinned"),

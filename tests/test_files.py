@@ -1,11 +1,14 @@
-"""Atomic writes, locks and fingerprints of model folders."""
+"""Atomic writes, locks, fingerprints of model folders, and the files that list the requirements."""
 
 import os
 import shutil
 import threading
 import time
+import tomllib
 
 import pytest
+from conftest import ROOT
+from packaging.requirements import Requirement
 
 from support import files
 
@@ -92,3 +95,11 @@ def test_file_without_a_json_object_is_refused(tmp_path, refused, content, words
         (tmp_path / "x.json").write_bytes(content)
     with refused("x.json", words):
         files.read_json(tmp_path / "x.json")
+
+
+def test_pyproject_toml_admits_the_versions_of_requirements_txt():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    ranges = {entry.name: entry.specifier for entry in map(Requirement, project["dependencies"])}
+    pins = dict(line.split("==") for line in (ROOT / "requirements.txt").read_text().splitlines() if "==" in line)
+    assert ranges.keys() == pins.keys()
+    assert all(ranges[name].contains(version) for name, version in pins.items())
