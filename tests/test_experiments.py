@@ -57,6 +57,44 @@ def test_plot_run_writes_a_picture_or_a_one_line_error(tmp_path, capsys):
         assert message.count("\n") == 1 and "error" in message
 
 
+# ---- to_tensorboard.py ---------------------------------------------------------------------------------------
+
+
+def test_tensorboard_reads_every_training_and_evaluation_value_of_the_log(tmp_path):
+    """Those of the last call only."""
+    to_tensorboard = pytest.importorskip("to_tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train = [{"event": "train", "step": step, "loss": 9 / step, "loss_mlm": 7 / step, "hidden_size": 32 - step,
+              "learning_rate": 1e-4 * step} for step in (2, 4)]
+    run = write_run(tmp_path / "run", [*EVALS[:2], *PRUNES, *train, EVALS[2]])
+    assert to_tensorboard.main([str(run)]) == 0
+    lines = (run / "log.jsonl").read_text().splitlines(keepends=True)[:-1]
+    (run / "log.jsonl").write_text("".join(lines))
+    assert to_tensorboard.main([str(run)]) == 0
+    expected = {}
+    for event in map(json.loads, lines):
+        if event["event"] != "prune":
+            for name in event.keys() - {"event", "step"}:
+                expected.setdefault(f"{event['event']}/{name}", []).append((event["step"], event[name]))
+    written = EventAccumulator(str(run / "tensorboard")).Reload()
+    assert set(written.Tags()["scalars"]) == set(expected) > {"train/learning_rate", "eval/kl"}
+    for name, points in expected.items():
+        steps, values = zip(*points, strict=True)
+        assert [point.step for point in written.Scalars(name)] == list(steps)
+        assert [point.value for point in written.Scalars(name)] == pytest.approx(values)
+    assert sorted(path.name for path in run.iterdir()) == ["log.jsonl", "tensorboard"]
+
+
+def test_to_tensorboard_writes_nothing_if_one_folder_is_no_run(tmp_path, capsys):
+    to_tensorboard = pytest.importorskip("to_tensorboard")
+    run = write_run(tmp_path / "run", EVALS)
+    assert to_tensorboard.main([str(run), str(tmp_path)]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "log.jsonl" in message
+    assert [path.name for path in run.iterdir()] == ["log.jsonl"]
+
+
 # ---- experiment.py -------------------------------------------------------------------------------------------
 
 
