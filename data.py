@@ -27,6 +27,7 @@ from tokenizers import Tokenizer
 from support.corpus import TEXT, tokenise
 from support.errors import InputError
 
+SHORTEST = 16  # tokens of a row without masks
 MASKED_FRACTION = 0.15  # of the tokens of a row; 80 % of these become [MASK], 10 % a random token, 10 % stay
 
 
@@ -91,8 +92,31 @@ class MaskedRows:
         return Batch(torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(labels))
 
 
-def load_rows(corpora: list[str], tokenizer: Tokenizer, cache_dir: Path, seq_length: int,
-              columns=TEXT, limit=math.inf) -> tuple[MaskedRows, MaskedRows, str]:
+class UnmaskedRows(MaskedRows):
+    """Rows for a teacher without masked-LM head, which predicts nothing. In training they are short and long, like the
+    sentences and paragraphs that such an encoder is used for."""
+
+    def batch(self, indices: np.ndarray, seed: int, step: int, first: int = 0) -> Batch:
+        return self.unmasked(self.text[indices])
+
+    def training_batch(self, seed: int, step: int, batch_size: int, first: int = 0, last: int | None = None) -> Batch:
+        """Every row of the batch, cut into 1, 2, 4, ... rows of at least SHORTEST tokens: as many in the whole step, so
+        that there is no padding."""
+        batch = super().training_batch(seed, step, batch_size, first, last)
+        halvings = max(1, self.seq_length // SHORTEST).bit_length()
+        parts = 2 ** np.random.default_rng([seed, step]).integers(halvings)
+        length = self.seq_length // parts - 2
+        return self.unmasked(batch.input_ids[:, 1 : 1 + parts * length].reshape(-1, length).numpy())
+
+    def unmasked(self, text) -> Batch:
+        """Text (B,S-2) as rows with nothing to predict."""
+        ids = np.pad(text.astype(np.int64), ((0, 0), (1, 1)))  # (B,S)
+        ids[:, 0], ids[:, -1] = self.cls, self.sep
+        return Batch(torch.from_numpy(ids), *torch.empty(2, 0, dtype=torch.int64))
+
+
+def load_rows(corpora: list[str], tokenizer: Tokenizer, cache_dir: Path, seq_length: int, columns=TEXT, limit=math.inf,
+              masked: bool = True) -> tuple[MaskedRows, MaskedRows, str]:
     """The training rows and held-out rows of corpora, and a hash of everything that their tokens depend on.
 
     columns: those of a record that hold its text. limit: training tokens after which the rest is not read. The corpora
@@ -100,7 +124,8 @@ def load_rows(corpora: list[str], tokenizer: Tokenizer, cache_dir: Path, seq_len
     shorter than one row.
     """
     tokens = tokenise(corpora, tokenizer, cache_dir, columns, limit)
-    train, heldout = (MaskedRows(part, seq_length, tokenizer) for part in (tokens.train, tokens.heldout))
+    kind = MaskedRows if masked else UnmaskedRows
+    train, heldout = (kind(part, seq_length, tokenizer) for part in (tokens.train, tokens.heldout))
     if not len(heldout):
         raise InputError(f"the held-out part of the corpus is shorter than one row of {seq_length} tokens: use more "
                          "text or a smaller --seq-length")

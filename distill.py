@@ -61,13 +61,13 @@ METHOD_FLAGS = (
     Flag("--warmup", 0.1, FRACTION, "Fraction of the run in which the learning rate rises; then it falls to zero."),
     Flag("--weight-decay", 0.01, NONNEGATIVE, "Decoupled weight decay of the matrices. Our choice: BERT's."),
     Flag("--clip", 1.0, NONNEGATIVE, "Maximum gradient norm, 0 for none. Our choice: BERT's."),
-    Flag("--dropout", 0.0, number(float, 0, 0.99), "Dropout of the student. Our choice: none, so that "
-         "the distillation losses start at 0."),
+    Flag("--dropout", 0.0, number(float, 0, 0.99), "Dropout of the student. Our choice: none; losses start at 0."),
     Flag("--alpha-mlm", 1.0, NONNEGATIVE, "Weight of the masked-LM loss; 0 drops a loss. All weights are our choice."),
     Flag("--alpha-pred", 1.0, NONNEGATIVE, "Weight of the KL divergence from the teacher's predictions."),
     Flag("--alpha-hidn", 1.0, NONNEGATIVE, "Weight of the distance between layer outputs."),
     Flag("--alpha-emb", 1.0, NONNEGATIVE, "Weight of the distance between embedding outputs."),
     Flag("--alpha-attn", 1.0, NONNEGATIVE, "Weight of the distance between attention scores."),
+    Flag("--alpha-pool", 1.0, NONNEGATIVE, "Weight of the distance between sentence vectors (our extension)."),
     Flag("--temperature", 1.0, number(float, 1e-3, 1e3), "Temperature tau of the KL divergence. Our choice."),
     Flag("--prune-start", 0.0, FRACTION, "Fraction of the run at which pruning starts, t_i. Our choice."),
     Flag("--prune-end", 0.7, number(float, 0, 0.9), "Fraction of the run at which the target shape is reached, t_f "
@@ -78,8 +78,8 @@ METHOD_FLAGS = (
     Flag("--importance", "sensitivity", ("sensitivity", "platon", "magnitude", "random"), "Pruning criterion."),
     Flag("--sensitivity-decay", 0.9, number(float, 0, 0.9999), "Decay of the sensitivities' moving average per step "
          "(our choice: about ten steps, which steadies the ranking)."),
-    Flag("--init", "teacher", ("teacher", "truncated", "random"), "Where the student starts: as the teacher, which is "
-         "the method; or, for comparison, at its target shape with the teacher's first units or with random weights."),
+    Flag("--init", "teacher", ("teacher", "truncated", "random"), "Where the student starts: as the teacher or, for "
+         "comparison, at its target shape with the teacher's first units or with random weights."),
     Flag("--align-heads", False, bool, "Before training, transform the dimensions of every head so that few of them do "
          "most of its work (our extension: pruning heads does less harm)."),
     Flag("--compensate", False, bool, "Before each prune, let kept units take over the work of pruned ones, as far as "
@@ -124,7 +124,7 @@ class Distiller(nn.Module):
     the teacher. They are pruned with the hidden group and dropped at export.
     """
 
-    def __init__(self, student: Bert, alphas: dict[str, float], temperature: float = 1.0):
+    def __init__(self, student: Bert, alphas: dict[str, float], temperature: float = 1.0, encoder=None):
         super().__init__()
         hidden_size = student.config.hidden_size
         self.student = student
@@ -134,7 +134,7 @@ class Distiller(nn.Module):
         for projection in (*self.hidden_projections, self.embedding_projection):
             nn.init.eye_(projection.weight)
         self.alphas = {name: alpha for name, alpha in alphas.items() if alpha > 0}
-        self.temperature = temperature
+        self.temperature, self.encoder = temperature, encoder  # encoder: a SentenceEncoder or None
 
     def forward(self, batch: data.Batch, teacher: Output, ranking_only: bool = False) -> dict[str, torch.Tensor]:
         """All losses by name, and `loss`, their weighted sum L = L_MLM + a1 L_pred + a2 L_hidn + a3 L_emb + a4 L_attn
@@ -147,6 +147,8 @@ class Distiller(nn.Module):
                                                               self.temperature)
         if "hidn" in alphas:
             losses["hidn"] = mean_mse(self.project_hidden(student.hidden), teacher.hidden)
+        if "pool" in alphas:
+            losses["pool"] = self.encoder.distance(self.hidden_projections[-1](student.hidden[-1]), teacher.hidden[-1])
         if "emb" in alphas:
             losses["emb"] = mean_mse([self.embedding_projection(student.embedding)], [teacher.embedding])
         if "attn" in alphas:
@@ -188,18 +190,19 @@ class TrainingState:
 
 def initial_state(args: argparse.Namespace, session: Session) -> TrainingState:
     """The student as a copy of the teacher or, to resume, as the checkpoint has it. Raises InputError."""
-    teacher = session.teacher
-    alphas = {name: getattr(args, f"alpha_{name}") for name in ("mlm", "pred", "hidn", "emb", "attn")}
-    if teacher.cls is None:
+    alphas = {name: getattr(args, f"alpha_{name}") for name in ("mlm", "pred", "hidn", "emb", "attn", "pool")}
+    if session.teacher.cls is None:
         print(f"{args.teacher} has no masked-LM head: L_MLM and L_pred are off, and the student will have no head")
         alphas["mlm"] = alphas["pred"] = 0.0
+    if session.encoder is None:
+        alphas["pool"] = 0.0
     if not any(alphas.values()):
         raise InputError("all loss weights --alpha-* are zero: there is nothing to learn")
-    student = copy.deepcopy(teacher).requires_grad_(True)  # the student starts as the teacher
+    student = copy.deepcopy(session.teacher).requires_grad_(True)  # the student starts as the teacher
     student.set_dropout(args.dropout)
     if student.bert.pooler is not None:
         student.bert.pooler.requires_grad_(False)  # no loss reaches the pooler; it is only sliced
-    distiller = Distiller(student, alphas, args.temperature).to(session.device).train()
+    distiller = Distiller(student, alphas, args.temperature, session.encoder).to(session.device).train()
     state = TrainingState(0, session.teacher_shape, distiller, make_optimizer(distiller, args.weight_decay),
                           prune.teacher_indices(distiller))
     if session.saved:

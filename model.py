@@ -18,11 +18,9 @@ from torch import nn
 
 ACTIVATIONS = {
     "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), lambda x: F.gelu(x, approximate="tanh")),
     "relu": F.relu,
-    "silu": F.silu,
-    "swish": F.silu,
+    **dict.fromkeys(("silu", "swish"), F.silu),
 }
 
 
@@ -68,9 +66,8 @@ class Sliceable(nn.Module):
     def slice_(self, axis: str, keep: torch.Tensor):
         """Keep the units `keep` (int64 indices) of `axis`, in that order, and free the others.
 
-        Each tensor becomes a new Parameter instead of new data in the old one: autograd remembers the shape of a
-        parameter while any graph that used it is alive. A loss kept by a caller, or DistributedDataParallel, would
-        otherwise make the next backward pass fail.
+        Each tensor becomes a new Parameter. The old one must not get new data, because autograd remembers its shape
+        while a graph that used it is alive, such as that of a loss kept by a caller or of DistributedDataParallel.
         """
         for name, dimension in self.axes[axis].items():
             old = getattr(self, name)

@@ -107,6 +107,13 @@ class SentenceEncoder:
         mean = (hidden * mask).sum(1) / mask.sum(1)  # (B,D)
         return hidden[:, 0] if self.pooling == "cls" else mean
 
+    def distance(self, student, teacher):
+        """L_pool: the mean squared distance of the pooled vectors of hidden states without padding (B,S,D), scaled to
+        length 1; it is 2 - 2 cosine."""
+        mask = torch.ones(teacher.shape[:2], device=teacher.device)  # (B,S)
+        s, t = (F.normalize(self.pool(hidden.float(), mask), dim=1) for hidden in (student, teacher))
+        return (s - t).square().sum(1).mean()
+
     def after_pooling(self, vectors):
         """The modules behind the pooling: pooled vectors (N,D) -> sentence vectors (N,E)."""
         for layer in self.dense:

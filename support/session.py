@@ -83,7 +83,8 @@ class Session:
             raise InputError(f"--corpus-tokens {limit} is less than one batch, {args.batch_size} x {args.seq_length}")
         self.tokenizer = checkpoint.load_tokenizer(folder, config.vocab_size)
         self.rows, self.heldout, corpus_key = data.load_rows(
-            args.corpus, self.tokenizer, Path(args.cache_dir), args.seq_length, args.text_column, limit)
+            args.corpus, self.tokenizer, Path(args.cache_dir), args.seq_length, args.text_column, limit,
+            masked=self.teacher.cls is not None)
         if not WORLD <= args.batch_size <= len(self.rows):
             raise InputError(f"--batch-size {args.batch_size} must be from {WORLD}, the number of processes, to "
                              f"{len(self.rows)}, the rows of {args.seq_length} tokens in the corpus")

@@ -181,6 +181,11 @@ MUTANTS = [
     ("support/flags.py", 'defaults | given | {"preset": chosen}', 'given | defaults | {"preset": chosen}', "distill",
      "flags_win"),
     # sentence encoders
+    ("data.py", "default_rng([seed, step]).integers", "default_rng([seed, first]).integers", "data", "unmasked_rows"),
+    ("data.py", "self.seq_length // parts - 2", "(self.seq_length - 2) // parts", "data", "unmasked_rows"),
+    ("data.py", "kind = MaskedRows if masked else UnmaskedRows", "kind = MaskedRows", "data", "load_rows"),
+    ("support/session.py", "masked=self.teacher.cls is not None", "masked=True", "sentence_encoder", "learn_from"),
+    ("support/sentence_encoder.py", "(hidden.float(), mask), dim=1)", "(hidden.float(), mask), dim=0)", "sentence_encoder", "loss_of"),
     ("support/sentence_encoder.py", 'hidden[:, 0] if self.pooling == "cls" else mean', "mean", "sentence_encoder", "opens_as"),
     ("support/sentence_encoder.py", "/ mask.sum(1)", "/ mask.shape[1]", "sentence_encoder", "opens_as"),
     ("support/sentence_encoder.py", "hidden_size  # the name", "len(self.settings)  # the name", "sentence_encoder", "opens_as"),

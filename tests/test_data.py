@@ -14,7 +14,7 @@ import torch
 from conftest import VOCAB
 from tokenizers import Tokenizer, normalizers
 
-from data import MaskedRows, load_rows
+from data import MaskedRows, UnmaskedRows, load_rows
 from support import corpus as corpora
 from support.checkpoint import load_tokenizer, wordpiece_tokenizer
 from support.corpus import tokenise
@@ -509,12 +509,36 @@ def test_row_is_masked_differently_in_every_step(rows):
     assert len(positions) > 45
 
 
+def test_unmasked_rows_are_the_same_text_without_masks_in_training_cut_into_equal_parts(tokenizer):
+    masked, rows = (kind(5 + np.arange(203 * 62) % 120, 64, tokenizer) for kind in (MaskedRows, UnmaskedRows))
+    lengths = set()
+    for step in range(40):
+        batch = rows.training_batch(3, step, 10)
+        count, length = batch.input_ids.shape
+        parts = count // 10
+        lengths.add(length)
+        assert length == 64 // parts and batch.positions.shape == batch.labels.shape == (0,)
+        assert (batch.input_ids[:, 0] == VOCAB["[CLS]"]).all() and (batch.input_ids[:, -1] == VOCAB["[SEP]"]).all()
+        whole = unmasked(masked.training_batch(3, step, 10))[:, 1:-1]  # (10,62)
+        assert torch.equal(batch.input_ids[:, 1:-1].reshape(10, -1), whole[:, : parts * (length - 2)])
+        part = rows.training_batch(3, step, 10, 4, 7)
+        assert torch.equal(part.input_ids, batch.input_ids[4 * parts : 7 * parts])
+    assert lengths == {64, 32, 16}
+    assert torch.equal(rows.batch(np.array([5]), 0, 0).input_ids[:, 1:-1], torch.from_numpy(rows.text[[5]]))
+    for length in (8, 16, 31):  # too short to be cut
+        rows = UnmaskedRows(np.arange(203 * 62), length, tokenizer)
+        assert {rows.training_batch(0, step, 4).input_ids.shape for step in range(9)} == {(4, length)}
+
+
 def test_load_rows_returns_the_rows_of_both_parts_and_the_hash_of_the_tokens(tmp_path, corpus, tokenizer):
     train, heldout, key = load_rows([str(corpus)], tokenizer, tmp_path, 16)
     tokens = tokenise([str(corpus)], tokenizer, tmp_path)
     assert key == tokens.key
     for rows, part in ((train, tokens.train), (heldout, tokens.heldout)):
         assert len(rows) == len(part) // 14 and np.array_equal(rows.text.ravel(), part[: 14 * len(rows)])
+    assert [len(rows.batch(np.array([0]), 0, 0).labels) for rows in (train, heldout)] == [2, 2]
+    for rows in load_rows([str(corpus)], tokenizer, tmp_path, 16, masked=False)[:2]:
+        assert len(rows.batch(np.array([0]), 0, 0).labels) == 0
 
 
 def test_heldout_part_shorter_than_a_row_is_refused(tmp_path, tokenizer, refused):

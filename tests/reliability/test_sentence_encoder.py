@@ -17,6 +17,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
+import data
 import distill
 from data import MaskedRows
 from support import session
@@ -173,6 +174,36 @@ def test_the_dense_of_a_trained_student_is_closer_to_the_teacher_than_a_sliced_o
     tensors = load_file(folder / "2_Dense" / "model.safetensors")
     save_file(load_file(path) | {"linear.weight": tensors["linear.weight"][:, kept].contiguous()}, path)
     assert code == 0 and composed > F.cosine_similarity(encode(student, prompt=""), expected).mean() + 0.01
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_the_loss_of_sentence_vectors_equals_its_equation_on_those_of_the_library(teacher, distilled, pooling):
+    folder = teacher(pooling)
+    code, student = distilled(folder)
+    ids = torch.from_numpy(token_ids(folder, TEXTS[1:2])[0])[None]
+    s, t = (load_model(name).eval()(ids).hidden[-1] for name in (student, folder))
+    projection = torch.randn(32, 16)
+    torch.testing.assert_close(read(folder).distance(t, t), torch.tensor(0.0), rtol=0, atol=0)
+    opened = [SentenceTransformer(str(name), device="cpu") for name in (student, folder)]
+    features = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    vectors = [library[1](library[0](features.copy()))["sentence_embedding"] for library in opened]
+    expected = 2 - 2 * F.cosine_similarity(vectors[0] @ projection.T, vectors[1])
+    torch.testing.assert_close(read(folder).distance(s @ projection.T, t), expected.mean())
+
+
+def test_sentence_encoders_learn_from_their_vectors_on_unmasked_rows(teacher, distilled, checkpoint, monkeypatch):
+    folder, alone = teacher("cls"), ("--alpha-hidn", 0, "--alpha-emb", 0, "--alpha-attn", 0)
+    flags = "--log-every", 1, "--steps", 40, "--learning-rate", 1e-2, "--prune-end", 0.1, "--prune-start", 0.1
+    seen, batch_to = [], data.Batch.to
+    monkeypatch.setattr(data.Batch, "to", lambda batch, device: seen.append(batch) or batch_to(batch, device))
+    code, student = distilled(folder, *alone, *flags)
+    log = [json.loads(line) for line in (student.parent / "log.jsonl").open()]
+    losses = [line["loss_pool"] for line in log if line["event"] == "train"]
+    assert code == 0 and losses[0] == 0 and np.mean(losses[-5:]) < 0.5 * max(losses) and max(losses) < 4
+    assert {len(batch.labels) for batch in seen} == {0} and {batch.input_ids.shape[1] for batch in seen} == {16, 32}
+    code, student = distilled(folder, "--alpha-pool", 0, "--log-every", 1)
+    lines = (student.parent / "log.jsonl").read_text()
+    assert code == 0 and "loss_hidn" in lines and "loss_pool" not in lines
 
 
 @pytest.mark.parametrize("pooling, dense, normalize", VARIANTS)
