@@ -1,79 +1,119 @@
-"""Shrink a sentence encoder: all-MiniLM-L6-v2, a teacher without a masked-LM head, to half its width.
+"""Shrink a sentence encoder, all-MiniLM-L6-v2, to half its width: with its mean pooling, and as a CLS-pooled teacher.
 
-For the teacher and its students: Spearman correlation on the dev split of STS-B between the labels and the cosines of
-mean-pooled embeddings, size, and time per sentence. No student was trained on a pair.
+For the teachers and their students: Spearman correlation on the dev split of STS-B between the labels and the cosines
+of sentence vectors, which are the student's own, mapped into the teacher's space as by --keep-space, or computed in
+int8; and how the vectors of held-out sentences agree with the teacher's. No student was trained on a pair.
 """
 
-import statistics
-import time
+import json
+import shutil
 from pathlib import Path
 
 import experiment
+import export_onnx
 import numpy as np
+import onnxruntime
 import torch
 import torch.nn.functional as F
 
-from model import Bert
-from support.batches import Example
+import data
 from support.checkpoint import load_model, load_tokenizer
+from support.evaluation import sentence_agreement
+from support.flags import DATA_FLAGS
 from support.glue import read_task
 from support.metrics import spearman
+from support.sentence_encoder import SentenceEncoder, sentences_of
 
-ARMS = {"paper's settings": {}, "preset imitation": {"preset": "imitation"}}
-BUDGET = {"steps": 400, "batch_size": 16, "learning_rate": 4e-4, "eval_every": 100}
-
-
-@torch.no_grad()
-def embed(bert: Bert, encodings) -> torch.Tensor:
-    """Unit vectors (N,D): the mean of the last layer's output over the tokens of each sentence."""
-    parts = []
-    for first in range(0, len(encodings), 64):
-        rows = [torch.tensor(encoding.ids) for encoding in encodings[first : first + 64]]
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B,S)
-        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)  # (B,S)
-        hidden = bert(ids, attention_mask=mask).hidden[-1]  # (B,S,D)
-        parts.append(F.normalize((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True), dim=1))
-    return torch.cat(parts)
+ARMS = {"with L_pool": {}, "without L_pool": {"alpha_pool": 0}}
+BUDGET = {"steps": 60, "batch_size": 16, "learning_rate": 6e-4, "preset": "compensated", "eval_every": 60,
+          "eval_rows": 64}
+FIT_SENTENCES, HELDOUT_SENTENCES = 2048, 1000
+VARIANTS = {"own": "own vectors", "kept": "in the teacher's space", "int8": "own vectors, int8"}
 
 
-def judge(folder: Path, pairs: list[Example]) -> dict:
-    """Spearman in percent, megabytes in float32, and milliseconds per sentence of one checkpoint."""
-    bert = load_model(folder).eval()
-    tokenizer = load_tokenizer(folder, bert.config.vocab_size)
-    first, second = (tokenizer.encode_batch(list(texts)) for texts in zip(*(pair.texts for pair in pairs), strict=True))
-    cosines = (embed(bert, first) * embed(bert, second)).sum(1).numpy()  # (N,)
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        embed(bert, first[:256])
-        seconds.append(time.perf_counter() - start)
-    return {"spearman": 100 * spearman(cosines, np.array([pair.label for pair in pairs])),
-            "megabytes": 4e-6 * bert.parameter_count(), "milliseconds": statistics.median(seconds) * 1000 / 256}
+def pooled_teacher(folder: Path, pooling: str) -> Path:
+    """A copy of the sentence encoder in `folder` with "cls" or "mean" pooling."""
+    copy = shutil.copytree(folder, experiment.RUNS / f"teacher-{pooling}", dirs_exist_ok=True)
+    config = {"word_embedding_dimension": 384, f"pooling_mode_{pooling}_token{'s' * (pooling == 'mean')}": True}
+    (copy / "1_Pooling" / "config.json").write_text(json.dumps(config))
+    return copy
+
+
+class Judge:
+    """Compares checkpoints with a teacher on STS-B and on held-out sentences."""
+
+    def __init__(self, folder: Path, args):
+        self.teacher = load_model(folder).eval()
+        self.encoder = SentenceEncoder.read(folder, self.teacher.config)
+        tokenizer = load_tokenizer(folder, self.teacher.config.vocab_size)
+        cache = next(Path(flag.default) for flag in DATA_FLAGS if flag.name == "--cache-dir")
+        rows, heldout, _ = data.load_rows([args.corpus], tokenizer, cache, 128)
+        self.fit, self.heldout = (sentences_of(part, count, tokenizer) for part, count in (
+            (rows, FIT_SENTENCES), (heldout, HELDOUT_SENTENCES)))
+        self.pairs = read_task("stsb", Path(args.data))["dev"]
+        self.texts = [[np.array(encoding.ids) for encoding in tokenizer.encode_batch(list(texts))]
+                      for texts in zip(*(pair.texts for pair in self.pairs), strict=True)]
+        self.expected = self.encoder.vectors(self.teacher, self.heldout)
+
+    def score(self, vectors) -> float:
+        """Spearman in percent. vectors: sentences, arrays of token ids, -> (N,E)."""
+        first, second = map(vectors, self.texts)
+        labels = np.array([pair.label for pair in self.pairs])
+        return 100 * spearman(F.cosine_similarity(first, second).numpy(), labels)
+
+    @torch.no_grad()
+    def __call__(self, folder: Path) -> dict:
+        bert = load_model(folder).eval()
+        own = SentenceEncoder.read(folder, bert.config)
+        kept = self.encoder.fitted(bert, self.teacher, self.fit)
+        path = experiment.RUNS / "student.onnx"
+        export_onnx.export(export_onnx.Student(folder), path)
+        export_onnx.quantize(path, path.with_suffix(".int8.onnx"))
+        session = onnxruntime.InferenceSession(path.with_suffix(".int8.onnx"), providers=["CPUExecutionProvider"])
+
+        def int8(sentences):
+            parts = []
+            for ids in sentences:  # one by one, without padding
+                inputs = zip(export_onnx.INPUTS, (ids, np.ones_like(ids), np.zeros_like(ids)), strict=True)
+                feeds = {name: values[None].astype(np.int64) for name, values in inputs}
+                parts.append(torch.from_numpy(session.run(["sentence_embedding"], feeds)[0]))
+            return torch.cat(parts)
+
+        sizes = {name: file.stat().st_size / 1e6 for name, file in (
+            ("megabytes", folder / "model.safetensors"), ("megabytes_int8", path.with_suffix(".int8.onnx")))}
+        vectors = {"own": lambda sentences: own.vectors(bert, sentences),
+                   "kept": lambda sentences: kept.vectors(bert, sentences), "int8": int8}
+        return sizes | {f"stsb_{name}": self.score(function) for name, function in vectors.items()} | {
+            f"{name}_{key}": value for name in ("own", "kept")
+            for key, value in sentence_agreement(vectors[name](self.heldout), self.expected).items()}
 
 
 def measure(args) -> dict:
-    pairs = read_task("stsb", Path(args.data))["dev"]
-    rows = [{"arm": "teacher", "seed": 0, **judge(Path(args.teacher), pairs)}]
-    for arm, flags in ARMS.items():
-        for seed in args.seeds:
-            folder = experiment.distil(**flags, **BUDGET, teacher=args.teacher, corpus=args.corpus, seed=seed)
-            rows.append({"arm": arm, "seed": seed, **judge(folder / "student", pairs)})
-    return {"budget": BUDGET, "pairs": len(pairs), "rows": rows}
+    rows = []
+    for pooling in ("mean", "cls"):
+        teacher = pooled_teacher(Path(args.teacher), pooling)
+        judge = Judge(teacher, args)
+        rows.append({"pooling": pooling, "arm": "teacher", "seed": 0, **judge(teacher)})
+        for arm, flags in ARMS.items():
+            for seed in args.seeds:
+                folder = experiment.distil(**flags, **BUDGET, teacher=teacher, corpus=args.corpus, seed=seed)
+                rows.append({"pooling": pooling, "arm": arm, "seed": seed, **judge(folder / "student")})
+                print(json.dumps(rows[-1]), flush=True)
+    return {"budget": BUDGET, "pairs": len(judge.pairs), "rows": rows}
 
 
 def draw(result: dict):
     budget = result["budget"]
-    figure, axis = experiment.panels(
-        "Half the width: a third of the time, a lower correlation",
+    figure, axes = experiment.panels(
+        "Half the width: a sentence encoder keeps most of its correlation",
         f"all-MiniLM-L6-v2 384 → 192, {budget['steps']} steps of {budget['batch_size']} x 128 tokens of Wikipedia; "
-        f"one seed, {result['threads']} thread", 1, 3.6, width=7.5)
-    for row in result["rows"]:
-        colour = experiment.COLOURS.get(row["arm"], experiment.GREY)
-        axis.plot(row["milliseconds"], row["spearman"], "o", color=colour)
-        axis.annotate(f"{row['arm']}, {row['megabytes']:.0f} MB", (row["milliseconds"], row["spearman"]), (8, 0),
-                      textcoords="offset points", va="center", color=colour)
-    axis.set(xlim=(0, 5.5), ylim=(70, 90), xlabel="milliseconds per sentence", ylabel="STS-B, Spearman (percent)")
-    axis.grid(alpha=0.25)
+        f"{len({row['seed'] for row in result['rows']})} seeds, standard deviations", 2, 3.6, sharex=True)
+    for axis, pooling in zip(axes, ("mean", "cls"), strict=True):
+        rows = [row for row in result["rows"] if row["pooling"] == pooling]
+        dots = [{"arm": f"{row['arm']}, {text}" if row["arm"] != "teacher" else "teacher", "score": row[f"stsb_{name}"]}
+                for name, text in VARIANTS.items() for row in rows if row["arm"] != "teacher" or name == "own"]
+        experiment.plot_dots(axis, dots, lambda row: row["score"], "STS-B dev, Spearman (percent)")
+        axis.set_title(f"{pooling} pooling")
     return figure
 
 
