@@ -13,6 +13,8 @@ Masked (Devlin et al., 2019, section 3.1). 15 % of the tokens of a row are to be
 number of them, so that the tensors of all batches have the same shape. The masks are drawn again in every step, from
 (seed, step, row) alone, so that any step can be repeated by itself.
 
+A teacher without masked-LM head gets rows without masks, in training of several lengths.
+
 Shape letters: B batch, S sequence, M masked positions in the batch; m = M/B masked positions in a row.
 """
 
@@ -119,9 +121,9 @@ def load_rows(corpora: list[str], tokenizer: Tokenizer, cache_dir: Path, seq_len
               masked: bool = True) -> tuple[MaskedRows, MaskedRows, str]:
     """The training rows and held-out rows of corpora, and a hash of everything that their tokens depend on.
 
-    columns: those of a record that hold its text. limit: training tokens after which the rest is not read. The corpora
-    are tokenised into `cache_dir`, or found there. Raises InputError if a corpus cannot be read or the held-out part is
-    shorter than one row.
+    columns: those of a record that hold its text. limit: training tokens after which the rest is not read. masked: True
+    for MaskedRows, False for UnmaskedRows. The corpora are tokenised into `cache_dir`, or found there. Raises
+    InputError if a corpus cannot be read or the held-out part is shorter than one row.
     """
     tokens = tokenise(corpora, tokenizer, cache_dir, columns, limit)
     kind = MaskedRows if masked else UnmaskedRows
