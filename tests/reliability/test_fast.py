@@ -196,6 +196,16 @@ def test_nine_widths_are_compiled_once_and_equal_eager_steps(no_compilations):
     assert counts["forward"] == 2  # the layers of the teacher, for two batch sizes
 
 
+def test_rows_of_several_lengths_as_of_a_teacher_without_head_are_compiled_as_rarely(no_compilations):
+    teacher, distiller = make_state()
+    for rows, length in ((4, 16), (8, 8), (16, 4), (3, 16), (6, 8)):
+        ids = torch.zeros(rows, length, dtype=torch.int64)
+        with switched_on(teacher, distiller):
+            teacher(ids)
+            distiller.student(ids).hidden[-1].sum().backward()
+    assert compilations(fast.student_layer) == 1 and compilations(Layer.forward) == 2
+
+
 # ---- Whole runs ----------------------------------------------------------------------------------------------
 
 
