@@ -4,8 +4,8 @@ them. This is a prediction: tensors are fake, nothing is measured, and no GPU is
     python benchmarks/traffic.py --tflops 600 --gb-per-s 2500 3600
 
 Before: eager, in bf16 autocast. Every operation but a view reads its inputs once and writes its outputs once.
-After: where `switch_on` compiles, bytes are those that inductor's scheduler counts for every kernel after fusion. It
-fuses for the CPU, which may differ from a GPU in detail. Everything else is counted as before.
+After: where `switch_on` compiles, bytes are those that inductor's scheduler counts for each kernel after fusion by its
+rules for Triton. It knows all sizes here, as it does not in a run. Everything else is counted as before.
 FLOPs are torch's own formulas. An operation takes max(FLOPs / rate, bytes / bandwidth), and a step the sum of these:
 launches, Python and communication take no time. Between the given widths, times are interpolated.
 
@@ -20,7 +20,6 @@ import contextlib
 import math
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -28,7 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from common import PAPER
-from systems import ALPHAS, SHAPES, masked_positions
+from systems import SHAPES, Ours, masked_positions
 from torch._inductor import compile_fx, graph, scheduler
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,9 +35,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import distill
-import model
 import prune
 from data import Batch
+from model import Bert, BertConfig, LayerNorm
 from support import fast
 from support.checkpoint import load_config
 from support.shapes import target_shape
@@ -49,18 +48,14 @@ FLOPS = flop_registry | {  # with formulas for fused attention on the CPU
     aten._scaled_dot_product_flash_attention_for_cpu_backward:
         flop_registry[aten._scaled_dot_product_flash_attention_backward]}
 MATMULS = {"mm", "addmm", "bmm"}
-FREE = {"_unsafe_view", "empty", "empty_like", "new_empty", "new_empty_strided"}  # beside views
 GRADIENTS, UPDATE = "sums of gradients", "importance, clipping, AdamW"  # parts
 
 
 class Operation(NamedTuple):
     part: str
     name: str
-    flops: float
-    bytes: float
-
-    def seconds(self, flops_per_s: float, bytes_per_s: float) -> float:
-        return max(self.flops / flops_per_s, self.bytes / bytes_per_s)
+    flops: int
+    bytes: int
 
 
 class KernelsCounted(BaseException):
@@ -80,7 +75,7 @@ class Traffic(TorchDispatchMode):
         super().__init__()
         self.operations: list[Operation] = []
         self.part, self.in_kernels = GRADIENTS, False
-        self.nodes, self.parts = [0], [GRADIENTS]  # the first autograd node of a part, by number, and that part
+        self.first_nodes, self.parts = [0], [GRADIENTS]  # numbers of autograd nodes, and the parts that begin there
 
     @classmethod
     def is_infra_mode(cls):
@@ -88,7 +83,7 @@ class Traffic(TorchDispatchMode):
 
     def enter(self, part: str):
         self.part = part
-        self.nodes.append(torch._C._autograd._get_sequence_nr())
+        self.first_nodes.append(torch._C._autograd._get_sequence_nr())
         self.parts.append(part)
 
     def label(self, part: str, owner, name: str):
@@ -108,7 +103,7 @@ class Traffic(TorchDispatchMode):
         node, part = torch._C._current_autograd_node(), self.part
         if node is not None:  # in the backward pass
             sums = node.name().endswith("AccumulateGrad")
-            part = GRADIENTS if sums else self.parts[bisect.bisect(self.nodes, node._sequence_nr()) - 1]
+            part = GRADIENTS if sums else self.parts[bisect.bisect(self.first_nodes, node._sequence_nr()) - 1]
         self.operations.append(Operation(part, name, flops, traffic))
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -117,35 +112,35 @@ class Traffic(TorchDispatchMode):
         packet, name = function.overloadpacket, function.overloadpacket.__name__
         if packet in FLOPS:
             self.record(name, FLOPS[packet](*args, **kwargs, out_val=result), stored_bytes([args, kwargs, result]))
-        elif function.namespace == "aten" and not function.is_view and name not in FREE and not self.in_kernels:
+        elif function.namespace == "aten" and name != "_unsafe_view" and not (function.is_view or self.in_kernels):
             changed = [value for value, argument in zip(args, function._schema.arguments, strict=False)
-                       if argument.is_write]  # a fused optimizer returns nothing
-            self.record(name, 0, stored_bytes([args, kwargs]) + stored_bytes(result if result is not None else changed))
+                       if argument.is_write]  # fused optimizers return nothing
+            self.record(name, 0, stored_bytes([args, kwargs, changed if result is None else result]))
         return result
 
-    def backend(self, graph_module, inputs):
-        return compile_fx.compile_fx(graph_module, inputs, inner_compile=self.count_kernels)
+    def backend(self, module, inputs):
+        return compile_fx.compile_fx(module, inputs, inner_compile=self.count_kernels)
 
-    def count_kernels(self, graph_module, inputs, **settings):
-        """Let inductor fuse a graph and count the bytes of its kernels. Returns a function that records these, and the
+    def count_kernels(self, module, inputs, **settings):
+        """Let inductor fuse a graph, and count the bytes of its kernels. Returns a function that records these, and the
         matmuls and attention of the graph as in eager code."""
         kernels = []
 
-        def count(lowering):
+        def count_instead(lowering):
             lowering._update_scheduler()
             kernels.extend(node.get_read_write_buffers_sizes() for node in lowering.scheduler.nodes
                            if not isinstance(node, scheduler.ExternKernelSchedulerNode))
             raise KernelsCounted
 
-        with patch.object(graph.GraphLowering, "codegen", count), contextlib.suppress(KernelsCounted), \
-                compile_fx.config.patch(force_disable_caches=True):
-            compile_fx.compile_fx_inner(graph_module, inputs, **settings)
+        with patch.object(graph.GraphLowering, "codegen", count_instead), contextlib.suppress(KernelsCounted), \
+                compile_fx.config.patch(force_disable_caches=True, cpu_backend="triton"):
+            compile_fx.compile_fx_inner(module, inputs, **settings)
 
         def run(arguments):
             for size in kernels:
                 self.record("kernel", 0, size)
             self.in_kernels = True
-            results = graph_module(*arguments)
+            results = module(*arguments)
             self.in_kernels = False
             return results
 
@@ -153,104 +148,82 @@ class Traffic(TorchDispatchMode):
         return run
 
 
-def float32_norm(norm: model.LayerNorm, x):
-    return F.layer_norm(x.float(), norm.weight.shape, norm.weight, norm.bias, norm.eps)
-
-
-def pruned_distiller(config: model.BertConfig, shape: prune.Shape) -> distill.Distiller:
-    distiller = distill.Distiller(model.Bert(model.BertConfig(**vars(config)), pooler=False), ALPHAS).train()
-    sizes = {"hidden": shape.hidden_size, "feed_forward": shape.intermediate_size}
-    prune.prune_units(distiller, {group: torch.arange(sizes.get(group.split(".")[0], shape.num_heads * shape.head_size))
-                                  for group in prune.teacher_indices(distiller)}, shape)
-    distiller.student.set_dropout(PAPER.dropout)
-    return distiller
-
-
-def count(config: model.BertConfig, shape: prune.Shape, rows: int, seq_length: int, compiled: bool) -> list[Operation]:
-    """The operations of one micro-batch and of its share in an update, for a student of `shape`."""
-    torch_compile, masked = torch.compile, rows * masked_positions(seq_length)
-
-    def compile_every_shape(function, **settings):  # so that all sizes, and with them the bytes, are known
-        return torch_compile(function, **settings | {"dynamic": False})
-
-    with FakeTensorMode(), patch.object(model.LayerNorm, "forward", float32_norm), contextlib.ExitStack() as undo:
-        teacher = model.Bert(config, pooler=False).eval().requires_grad_(False)
-        distiller = pruned_distiller(config, shape)
-        student, optimizer = distiller.student, distill.make_optimizer(distiller, PAPER.weight_decay)
-        traffic, statistics = Traffic(), {}
+def count(config: BertConfig, shape: prune.Shape, rows: int, seq_length: int, compiled: bool) -> list[Operation]:
+    """The operations of one micro-batch and its share of those of an update, for a student of `shape`."""
+    torch_compile, traffic = torch.compile, Traffic()
+    with FakeTensorMode(), contextlib.ExitStack() as undo:
+        for owner, name, new in (
+                (torch, "compile", lambda function, **flags: torch_compile(function, **flags | {"dynamic": False})),
+                (torch.nn.Module, "to", lambda module, device: module),  # torch cannot move fake parameters
+                (LayerNorm, "forward", lambda norm, x: F.layer_norm(x.float(), x.shape[-1:], norm.weight, norm.bias))):
+            undo.enter_context(patch.object(owner, name, new))
+        teacher, student = (Bert(BertConfig(**vars(config)), pooler=False) for _ in range(2))
+        system = Ours(teacher, student, config, torch.device("cpu"), bf16=True)
+        system.prune_to(shape, system.lineage)
+        distiller = system.distiller
         if compiled:
-            torch._dynamo.reset()  # torch keeps few shapes of a function
-            with patch.object(torch, "compile", compile_every_shape):
-                fast.switch_on(undo, student, teacher, distill, traffic.backend)
-        for part, owner, name in (
-                ("other losses, with projections", distiller, "forward"),
-                ("vocabulary losses", distill, "vocabulary_losses"),
-                *((f"{name}: embeddings and head", bert, "forward")
-                  for name, bert in (("teacher", teacher), ("student", student))),
-                *((f"{name}: layers", layer, "forward")
-                  for name, bert in (("teacher", teacher), ("student", student)) for layer in bert.bert.layers)):
-            undo.enter_context(traffic.label(part, owner, name))
-        session = SimpleNamespace(teacher=teacher, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
-        state = SimpleNamespace(engine=distiller, distiller=distiller)
-        batch = Batch(torch.zeros(rows, seq_length, dtype=torch.int64), *torch.zeros(2, masked, dtype=torch.int64))
+            torch._dynamo.reset()  # torch keeps few compilations of a function
+            fast.switch_on(undo, student, teacher, distill, traffic.backend)
+        undo.enter_context(traffic.label("other losses, with projections", distiller, "forward"))
+        undo.enter_context(traffic.label("vocabulary losses", distill, "vocabulary_losses"))
+        for name, bert in (("teacher", teacher), ("student", student)):
+            undo.enter_context(traffic.label(f"{name}: embeddings and head", bert, "forward"))
+            for layer in bert.bert.layers:
+                undo.enter_context(traffic.label(f"{name}: layers", layer, "forward"))
+        positions, labels = torch.zeros(2, rows * masked_positions(seq_length), dtype=torch.int64)  # each (M,)
+        batch = Batch(torch.zeros(rows, seq_length, dtype=torch.int64), positions, labels)
         for counted in (contextlib.nullcontext(), traffic):  # the first step compiles, and makes gradients and moments
             traffic.operations.clear()
             with counted:
-                distill.losses_and_gradients(session, state, batch, 1.0, is_last=True, ranking_only=False)
+                system.losses(batch)["loss"].backward()
                 traffic.enter(UPDATE)
-                prune.accumulate_importance("sensitivity", statistics, student, PAPER.sensitivity_decay)
+                system.accumulate_sensitivity()
                 torch.nn.utils.clip_grad_norm_(distiller.parameters(), PAPER.clip)
-                optimizer.step()
+                system.optimizer.step()
                 traffic.enter(GRADIENTS)
-    share = {UPDATE: rows / PAPER.batch_size}
-    return [Operation(*names, *(value * share.get(names[0], 1) for value in values))
-            for *names, values in ((o.part, o.name, (o.flops, o.bytes)) for o in traffic.operations)]
-
-
-def by_part(operations: list[Operation]) -> dict[str, np.ndarray]:
-    """FLOPs, bytes of matmuls and bytes beside them of every part, and of all."""
-    sums = collections.defaultdict(lambda: np.zeros(3))
-    for o in operations:
-        for part in (o.part, "all"):
-            sums[part] += (o.flops, o.bytes * (o.name in MATMULS), o.bytes * (o.name not in MATMULS))
-    return sums
+    share = rows / PAPER.batch_size
+    return [o._replace(flops=o.flops * share, bytes=o.bytes * share) if o.part == UPDATE else o
+            for o in traffic.operations]
 
 
 def main(argv: list[str]):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--teacher", type=Path, help="folder with a config.json; default: BERT-base")
-    parser.add_argument("--widths", type=int, nargs="+", default=[768, 576, 384],
-                        help="hidden sizes of the student, from the teacher's to the last")
+    parser.add_argument("--widths", type=int, nargs="+", help="of the student; default: 1, 3/4, 1/2 of the teacher's")
     parser.add_argument("--micro-batch-size", type=int, default=256, help="rows")
     parser.add_argument("--seq-length", type=int, default=128)
     parser.add_argument("--tflops", type=float, default=600, help="rate of bf16 matmuls, TFLOP/s")
     parser.add_argument("--gb-per-s", type=float, nargs="+", default=[2500, 3600], help="memory bandwidths")
     args = parser.parse_args(argv)
     config = load_config(args.teacher) if args.teacher else SHAPES["base"][0]
-    full = prune.Shape.of(config)
-    shapes = [full if width == full.hidden_size else target_shape(config, width) for width in args.widths]
+    full, micro_batches = prune.Shape.of(config), PAPER.batch_size / args.micro_batch_size
+    widths = sorted(args.widths or [full.hidden_size * quarters // 4 for quarters in (2, 3, 4)], reverse=True)
+    shapes = [full if width == full.hidden_size else target_shape(config, width) for width in widths]
     steps_at = collections.Counter(
         prune.scheduled_shape(step, 0, PAPER.prune_end * PAPER.steps, full, shapes[-1], PAPER.granularity).hidden_size
         for step in range(PAPER.steps))
-    counts = {}  # before and after: a list of operations for every width
-    print(f"Counted on fake tensors, not measured: {args.micro_batch_size} x {args.seq_length} tokens, before -> after")
-    for compiled in (False, True):
-        counts[compiled] = [count(config, shape, args.micro_batch_size, args.seq_length, compiled) for shape in shapes]
-    for shape, before, after in zip(shapes, counts[False], counts[True], strict=True):
-        print(f"\n| part, student width {shape.hidden_size} | TFLOP | matmuls, GB | all else, GB |\n|---|---|---|---|")
-        new = by_part(after)
-        for part, old in by_part(before).items():
-            print(f"| {part} | {old[0] / 1e12:.2f} | "
-                  + " | ".join(f"{old[i] / 1e9:.1f} -> {new[part][i] / 1e9:.1f}" for i in (1, 2)) + " |")
-    print(f"\nPredicted at {args.tflops:g} TFLOP/s: ms at widths {' / '.join(map(str, args.widths))}, hours of "
-          f"{PAPER.steps:,} steps of {PAPER.batch_size} rows\n\n| GB/s | | ms | hours |\n|---|---|---|---|")
-    for bandwidth in args.gb_per_s:
-        for compiled, name in enumerate(("before", "after")):
-            seconds = [sum(o.seconds(args.tflops * 1e12, bandwidth * 1e9) for o in operations)
-                       for operations in counts[bool(compiled)]]
-            times = np.interp(list(steps_at), args.widths[::-1], seconds[::-1])
-            hours = times @ list(steps_at.values()) * PAPER.batch_size / args.micro_batch_size / 3600
-            print(f"| {bandwidth:g} | {name} | {' / '.join(f'{s * 1e3:.1f}' for s in seconds)} | {hours:.1f} |")
+    print(f"Counted on fake tensors, not measured: a micro-batch of {args.micro_batch_size} x {args.seq_length} tokens "
+          f"and 1/{micro_batches:g} of an update, before -> after")
+    milliseconds = collections.defaultdict(list)  # (bandwidth, compiled) -> one number per width
+    for shape in shapes:
+        sums = collections.defaultdict(lambda: np.zeros((3, 2)))  # part -> TFLOP, GB of matmuls, other GB
+        for compiled in (0, 1):
+            operations = count(config, shape, args.micro_batch_size, args.seq_length, bool(compiled))
+            for o in operations:
+                gigabytes, is_matmul = o.bytes / 1e9, o.name in MATMULS
+                sums[o.part][:, compiled] += o.flops / 1e12, gigabytes * is_matmul, gigabytes * (not is_matmul)
+            for bandwidth in args.gb_per_s:
+                milliseconds[bandwidth, compiled].append(
+                    sum(max(o.flops / args.tflops / 1e9, o.bytes / bandwidth / 1e6) for o in operations))
+        print(f"\n| student width {shape.hidden_size} | TFLOP | matmuls, GB | all else, GB |\n|---|---|---|---|")
+        for part, ((flops, _), *gigabytes) in [*sums.items(), ("all", sum(sums.values()))]:
+            print(f"| {part} | {flops:.3g} | " + " | ".join(f"{old:.3g} -> {new:.3g}" for old, new in gigabytes) + " |")
+    print(f"\nPredicted at {args.tflops:g} TFLOP/s, for {PAPER.steps:,} steps of {PAPER.batch_size} rows:\n\n"
+          f"| GB/s | | ms at width {' / '.join(map(str, widths))} | hours |\n|---|---|---|---|")
+    for (bandwidth, compiled), ms in sorted(milliseconds.items()):
+        hours = np.interp([*steps_at], widths[::-1], ms[::-1]) @ [*steps_at.values()] * micro_batches / 3.6e6
+        name, times = ("before", "after")[compiled], " / ".join(f"{t:.3g}" for t in ms)
+        print(f"| {bandwidth:g} | {name} | {times} | {hours:.3g} |")
 
 
 if __name__ == "__main__":

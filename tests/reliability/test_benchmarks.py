@@ -1,11 +1,14 @@
 """The benchmarks at a toy shape: all systems compute the same, and the counted work is the work that is done."""
 
+import contextlib
 import json
 import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,6 +19,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu  # noqa: E402
 import systems  # noqa: E402
 import table  # noqa: E402
+import traffic  # noqa: E402
 
 import prune  # noqa: E402
 
@@ -125,3 +129,91 @@ def test_gpu_checks_pass_on_the_cpu_and_find_errors(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.main([]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+# ---- traffic.py ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("compiled", "forward", "backward"), [
+    # In multiples of the bytes of h. Eager: gelu 2, add 3, sum 1; backwards gelu 2 and the sum of two gradients 2, each
+    # beside a gradient that is one number. Compiled: one kernel reads h; one reads h and writes its gradient.
+    (False, 6, 4), (True, 1, 2)])
+def test_traffic_is_that_of_a_hand_computed_case(compiled, forward, backward):
+    """h = x W with x (64,64,8), W (8,64); sum(gelu(h) + h), by parts, and backwards twice."""
+    recorder = traffic.Traffic()
+
+    def elementwise(h):
+        return (F.gelu(h) + h).sum()
+
+    if compiled:
+        torch._dynamo.reset()
+        elementwise = torch.compile(elementwise, backend=recorder.backend, fullgraph=True, dynamic=False)
+    with FakeTensorMode():
+        x, w = torch.empty(64, 64, 8), torch.empty(8, 64, requires_grad=True)
+        for counted in (contextlib.nullcontext(), recorder):  # compiles, and makes the gradient
+            recorder.operations.clear()
+            with counted:
+                recorder.enter("matmul")
+                h = x @ w
+                recorder.enter("elementwise")
+                loss = elementwise(h.flatten(0, 1))
+                forward_count = len(recorder.operations)
+                loss.backward()
+    total, n, x_bytes, w_bytes = {}, 4096 * 64 * 4, 4096 * 8 * 4, 8 * 64 * 4
+    for number, operation in enumerate(recorder.operations):
+        key = operation.part, number >= forward_count
+        total[key] = [a + b for a, b in zip(total.get(key, (0, 0)), operation[2:], strict=True)]
+    one_matmul = [2 * 4096 * 8 * 64, x_bytes + w_bytes + n]
+    assert total["matmul", False] == total["matmul", True] == one_matmul
+    assert total["elementwise", False] == [0, pytest.approx(forward * n, rel=1e-3)]
+    assert total["elementwise", True] == [0, pytest.approx(backward * n, rel=1e-3)]
+    assert total[traffic.GRADIENTS, True] == [0, 3 * w_bytes]  # the old gradient, the new one, their sum
+
+
+def test_traffic_of_a_step(toy):
+    rows = 1024  # so many that biases and the like do not count
+    tokens, d, f, n = rows * SEQ_LENGTH, CONFIG.hidden_size, CONFIG.intermediate_size, CONFIG.num_hidden_layers
+    logits = 2 * rows * systems.masked_positions(SEQ_LENGTH) * CONFIG.vocab_size  # bytes in bf16
+    for shape in (prune.Shape.of(CONFIG), systems.target(CONFIG)):
+        recomputed = 2 * n * tokens * SEQ_LENGTH * shape.num_heads * shape.head_size  # scores, in the backward pass
+        flops = systems.Ours.flops_per_token(CONFIG, SEQ_LENGTH, shape) * tokens + recomputed
+        totals = {}
+        for compiled in (False, True):
+            operations = traffic.count(CONFIG, shape, rows, SEQ_LENGTH, compiled)
+            assert sum(o.flops for o in operations) == pytest.approx(flops, rel=1e-9)
+            assert {o.name for o in operations if o.flops} >= traffic.MATMULS
+            for o in operations:
+                if o.name not in traffic.MATMULS:
+                    totals[o.part, compiled] = totals.get((o.part, compiled), 0) + o.bytes
+        # Forward, the kernels read the logits of both and those of the student again; backward, they read both and
+        # write a gradient. Beside these there are maxima, sums and labels.
+        assert totals["vocabulary losses", True] == pytest.approx(6 * logits, rel=0.05)
+        # Squared errors read two tensors, and read them again to write a gradient.
+        errors = 5 * 2 * ((n + 1) * tokens * d + n * tokens * SEQ_LENGTH)
+        assert totals["other losses, with projections", True] == pytest.approx(errors, rel=0.01)
+        # A layer of the teacher: attention and both residual LayerNorms access 4 + 3 + 3 states in bf16, GELU 2, and
+        # the division of scores 2; attention writes a number per row and head. Weights are cast, those of Q, K and V
+        # after they are stacked.
+        layer = 2 * (tokens * (10 * d + 2 * f) + 2 * tokens * SEQ_LENGTH) + 4 * tokens * CONFIG.num_attention_heads
+        layer += 14 * 3 * d * d + 6 * (d * d + 2 * d * f)
+        assert totals["teacher: layers", True] == pytest.approx(n * layer, rel=0.001)
+        if shape == prune.Shape.of(CONFIG):  # AdamW may change weights, gradients and moments, once in 4 micro-batches
+            adamw = sum(o.bytes for o in operations if o.name == "_fused_adamw_")
+            weights = sum(p.numel() for p in toy["ours"].distiller.parameters())
+            assert adamw == pytest.approx(8 * 4 * weights / 4, rel=0.001)
+
+
+def test_predictions_follow_from_the_schedule(checkpoint, capsys):
+    """At this bandwidth and this small shape every operation waits for memory."""
+    traffic.main(["--teacher", str(checkpoint), "--widths", "16", "32", "--seq-length", "16", "--tflops", "600",
+                  "--gb-per-s", "100", "200"])
+    output = capsys.readouterr().out
+    assert "not measured" in output and "Predicted" in output
+    rows = [line.split(" | ") for line in output.splitlines()[-4:]]
+    assert [row[1] for row in rows] == ["before", "after"] * 2
+    milliseconds = [[float(t) for t in row[2].split(" / ")] for row in rows]
+    assert milliseconds[0] == pytest.approx([2 * t for t in milliseconds[2]], rel=0.01)
+    for row, (widest, narrowest) in zip(rows, milliseconds, strict=True):
+        # The width is 16 + 16 (1 - t / 0.7)^3 in multiples of 8: 32 for 6.4 % of the steps, 24 for 19.5 %, then 16.
+        hours = 28_000 * 16 * (0.1615 * widest + 0.8385 * narrowest) / 3.6e6
+        assert float(row[3].strip(" |")) == pytest.approx(hours, rel=0.01)
