@@ -1,11 +1,9 @@
 """Faster training steps for long runs on a GPU. The textbook forms stay in model.py and distill.py. `with
 compiled(...)`, which Session puts around the loop if `pays`, compiles them and lets some operations access memory less.
 
-Memory traffic bounds a step on a GPU. Predicted savings for the paper's settings on one H100, of 8.8 hours:
-    bf16 between layers 1.6     compiled layers 1.0     compiled vocabulary losses 0.8
-    compiled squared errors 0.4     one matmul for Q, K and V 0.2
-None was measured on a GPU. Evaluations, and the fits of
---compensate, which put hooks into the layers, are not compiled. TORCH_COMPILE_DISABLE=1 switches all of it off.
+Memory traffic bounds a step on a GPU. For the paper's settings on one H100 benchmarks/traffic.py predicts 5.4 hours
+instead of 9.0; nothing was measured on a GPU. Evaluations, and the fits of --compensate, which put hooks into the
+layers, are not compiled. TORCH_COMPILE_DISABLE=1 switches all of it off.
 """
 
 import contextlib
