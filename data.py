@@ -9,11 +9,11 @@ training and one for evaluation, which share no document.
 Packed. A row is exactly S tokens: [CLS], S-2 tokens cut from the running text, [SEP]. There is no padding, so a row can
 cross the border between two documents.
 
-Masked (Devlin et al., 2019, section 3.1). 15 % of the tokens of a row are to be predicted. Every row has the same
+Masked (Devlin et al., 2019, section 3.1). 15 % of a row's tokens are to be predicted. Every row has the same
 number of them, so that the tensors of all batches have the same shape. The masks are drawn again in every step, from
 (seed, step, row) alone, so that any step can be repeated by itself.
 
-A teacher without masked-LM head gets rows without masks, in training of several lengths.
+Without a masked-LM head the rows are not masked, and their length varies by step in training.
 
 Shape letters: B batch, S sequence, M masked positions in the batch; m = M/B masked positions in a row.
 """
@@ -29,13 +29,13 @@ from tokenizers import Tokenizer
 from support.corpus import TEXT, tokenise
 from support.errors import InputError
 
-SHORTEST = 16  # tokens of a row without masks
+SHORTEST = 16  # tokens of an unmasked row in training
 MASKED_FRACTION = 0.15  # of the tokens of a row; 80 % of these become [MASK], 10 % a random token, 10 % stay
 
 
 @dataclass
 class Batch:
-    """Masked rows. `positions` index the flattened (B*S) batch, row by row."""
+    """Rows, masked or not. `positions` index the flattened (B*S) batch, row by row."""
 
     input_ids: torch.Tensor  # (B,S) int64
     positions: torch.Tensor  # (M,) int64
@@ -102,8 +102,8 @@ class UnmaskedRows(MaskedRows):
         return self.unmasked(self.text[indices])
 
     def training_batch(self, seed: int, step: int, batch_size: int, first: int = 0, last: int | None = None) -> Batch:
-        """Every row of the batch, cut into 1, 2, 4, ... rows of at least SHORTEST tokens: as many in the whole step, so
-        that there is no padding."""
+        """Every row of the batch, cut into 1, 2, 4, ... rows of at least SHORTEST tokens. The number is drawn once a
+        step, so that nothing is padded."""
         batch = super().training_batch(seed, step, batch_size, first, last)
         halvings = max(1, self.seq_length // SHORTEST).bit_length()
         parts = 2 ** np.random.default_rng([seed, step]).integers(halvings)

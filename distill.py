@@ -61,7 +61,7 @@ METHOD_FLAGS = (
     Flag("--warmup", 0.1, FRACTION, "Fraction of the run in which the learning rate rises; then it falls to zero."),
     Flag("--weight-decay", 0.01, NONNEGATIVE, "Decoupled weight decay of the matrices. Our choice: BERT's."),
     Flag("--clip", 1.0, NONNEGATIVE, "Maximum gradient norm, 0 for none. Our choice: BERT's."),
-    Flag("--dropout", 0.0, number(float, 0, 0.99), "Dropout of the student. Our choice: none; losses start at 0."),
+    Flag("--dropout", 0.0, number(float, 0, 0.99), "Dropout of the student. Our choice: 0, so losses start at 0."),
     Flag("--alpha-mlm", 1.0, NONNEGATIVE, "Weight of the masked-LM loss; 0 drops a loss. All weights are our choice."),
     Flag("--alpha-pred", 1.0, NONNEGATIVE, "Weight of the KL divergence from the teacher's predictions."),
     Flag("--alpha-hidn", 1.0, NONNEGATIVE, "Weight of the distance between layer outputs."),
@@ -108,9 +108,9 @@ def mean_mse(student: list[torch.Tensor], teacher: list[torch.Tensor]):
 
 
 def ranking_loss(student: Output, labels):
-    """A loss that ranks the units while the student is the teacher and no distillation loss has a gradient: L_MLM or,
-    without a head, the squared distance from the last output plus noise, whose gradient is that of a Gaussian
-    likelihood at a sampled target, as in the Fisher information [ours]."""
+    """Ranks the units while all distillation losses are zero: L_MLM or, without a head, the squared distance of the
+    last output to itself plus noise. Its gradient is that of a Gaussian likelihood at a sampled target, as in the
+    Fisher information [ours]."""
     if student.logits is not None:
         return F.cross_entropy(student.logits.float(), labels)
     output = student.hidden[-1].float()  # (B,S,D)
@@ -208,7 +208,7 @@ def initial_state(args: argparse.Namespace, session: Session) -> TrainingState:
     if session.saved:
         session.restore(state)
     elif args.init != "teacher":  # for comparison: start at the target shape
-        prefer_first = {group: -indices for group, indices in state.lineage.items()}  # an importance
+        prefer_first = {group: -indices for group, indices in state.lineage.items()}  # as importance
         keep = prune.choose_units(prefer_first, state.shape, session.target_shape)
         prune.prune_units(distiller, keep, session.target_shape, state.optimizer, (state.lineage,))
         state.shape = session.target_shape
@@ -262,8 +262,8 @@ def distill(args: argparse.Namespace, session: Session, state: TrainingState):
     prune_start, prune_end = args.prune_start * args.steps, args.prune_end * args.steps
     start_shape = session.teacher_shape if args.init == "teacher" else session.target_shape
     while state.step < args.steps:
-        # 1. Losses and gradients, one micro-batch at a time. Before the first prune the student is the teacher, and
-        #    only L_MLM has a gradient. If it is not trained on, `ranking_loss` ranks the units, but takes no step.
+        # 1. Losses and gradients, one micro-batch at a time. While the student equals the teacher, only L_MLM has a
+        #    gradient. If it is off, `ranking_loss` ranks the units until the first prune, and no step is taken.
         ranking_only = "mlm" not in distiller.alphas and state.shape == session.teacher_shape
         losses: dict[str, torch.Tensor] = {}
         for batch, fraction, is_last in session.micro_batches(state):

@@ -188,16 +188,19 @@ def count(config: BertConfig, shape: prune.Shape, rows: int, seq_length: int, co
 
 def main(argv: list[str]):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--teacher", type=Path, help="folder with a config.json; default: BERT-base")
-    parser.add_argument("--widths", type=int, nargs="+", help="of the student; default: 1, 3/4, 1/2 of the teacher's")
-    parser.add_argument("--micro-batch-size", type=int, default=256, help="rows")
-    parser.add_argument("--seq-length", type=int, default=128)
-    parser.add_argument("--tflops", type=float, default=600, help="rate of bf16 matmuls, TFLOP/s")
-    parser.add_argument("--gb-per-s", type=float, nargs="+", default=[2500, 3600], help="memory bandwidths")
+    parser.add_argument("--teacher", type=Path, help="Folder with a config.json. Default: BERT-base.")
+    parser.add_argument("--widths", type=int, nargs="+",
+                        help="Student widths besides the teacher's. Default: 3/4 and 1/2 of it.")
+    parser.add_argument("--micro-batch-size", type=int, default=256, help="Rows of a micro-batch. [%(default)s]")
+    parser.add_argument("--seq-length", type=int, default=128, help="Tokens of a row. [%(default)s]")
+    parser.add_argument("--tflops", type=float, default=600, help="Rate of bf16 matmuls in TFLOP/s. [%(default)s]")
+    parser.add_argument("--gb-per-s", type=float, nargs="+", default=[2500, 3600],
+                        help="Memory bandwidths in GB/s. [%(default)s]")
     args = parser.parse_args(argv)
     config = load_config(args.teacher) if args.teacher else SHAPES["base"][0]
     full, micro_batches = prune.Shape.of(config), PAPER.batch_size / args.micro_batch_size
-    widths = sorted(args.widths or [full.hidden_size * quarters // 4 for quarters in (2, 3, 4)], reverse=True)
+    smaller = args.widths or [full.hidden_size * quarters // 4 for quarters in (2, 3)]
+    widths = sorted({*smaller, full.hidden_size}, reverse=True)  # times between them are interpolated
     shapes = [full if width == full.hidden_size else target_shape(config, width) for width in widths]
     steps_at = collections.Counter(
         prune.scheduled_shape(step, 0, PAPER.prune_end * PAPER.steps, full, shapes[-1], PAPER.granularity).hidden_size

@@ -1,11 +1,11 @@
-"""Export a student for onnxruntime, and check that it computes the same there.
+"""Export a student for onnxruntime, and compare its outputs there.
 
     python experiments/export_onnx.py runs/demo/student student.onnx
     python experiments/export_onnx.py runs/demo/student student.onnx --int8    # and student.int8.onnx
 
-Inputs `input_ids`, `attention_mask` and `token_type_ids` (B,S) int64, any B and S; outputs `last_hidden_state` (B,S,D),
-`logits` (B,S,V) if there is a masked-LM head, and `sentence_embedding` (B,E) of a sentence encoder. This needs onnx,
-onnxscript and onnxruntime.
+Inputs `input_ids`, `attention_mask` and `token_type_ids` (B,S) int64, any B, and S up to the model's positions; outputs
+`last_hidden_state` (B,S,D), `logits` (B,S,V) if there is a masked-LM head, and `sentence_embedding` (B,E) of a sentence
+encoder. This needs onnx, onnxscript and onnxruntime.
 """
 
 import argparse
@@ -84,9 +84,10 @@ def quantize(path: Path, output: Path):
 
 @torch.no_grad()
 def check(student: Student, paths: list[Path]) -> bool:
-    """Whether the float32 file, and the int8 file if there is one, compute what the student does, on a batch of another
-    shape than the exported one. Prints sizes, times per row (the median of 7 runs, the files in alternation), largest
-    differences, and mean cosines of the sentence embeddings or, without these, of the hidden states."""
+    """Whether the float32 file (by differences) and the int8 file, if there is one (by the cosine), agree with the
+    student on a batch of another shape than the exported one. Prints sizes, times per row (the median of 7 runs, the
+    files in alternation), largest differences, and mean cosines of the sentence embeddings or, without these, of the
+    hidden states."""
     config = student.bert.config
     rows, length = 8, min(64, config.max_position_embeddings)
     inputs = example(config.vocab_size, rows, length)
@@ -129,7 +130,11 @@ def main(argv: list[str] | None = None) -> int:
     except (InputError, OSError) as error:
         print(f"export_onnx.py: error: {error}", file=sys.stderr)
         return 2
-    return int(not check(student, paths))
+    passed = check(student, paths)
+    if not passed:
+        print(f"export_onnx.py: a file is too far from the student; allowed are {LARGEST_DIFFERENCE:g} in float32, "
+              f"a cosine of {SMALLEST_COSINE:g} in int8", file=sys.stderr)
+    return int(not passed)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Write what runs have logged as TensorBoard events: every value of training and evaluation over the steps.
+"""Convert the logs of runs to TensorBoard events: every value of training and evaluation by step.
 
     python experiments/to_tensorboard.py runs/demo [more runs ...]
     tensorboard --logdir runs
 
-Each run gets a folder `tensorboard`, which replaces that of an earlier call. It appears when it is complete.
+Each run gets a folder `tensorboard` when all is written; it replaces an earlier one.
 """
 
 import argparse

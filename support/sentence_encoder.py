@@ -29,7 +29,7 @@ SETTINGS = ("config_sentence_transformers.json", "sentence_bert_config.json", "t
 ACTIVATIONS = ("Identity", "Tanh", "ReLU", "GELU")  # classes in torch.nn
 POOLING = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens"}
 BATCH, SHORTEST = 64, 5  # sentences at a time, tokens of a sentence
-RIDGE = 1e-4  # times the mean square of a dimension
+RIDGE = 1e-4  # times the mean diagonal of x^T x
 
 
 @dataclasses.dataclass
@@ -108,8 +108,8 @@ class SentenceEncoder:
         return hidden[:, 0] if self.pooling == "cls" else mean
 
     def distance(self, student, teacher):
-        """L_pool: the mean squared distance of the pooled vectors of hidden states without padding (B,S,D), scaled to
-        length 1; it is 2 - 2 cosine."""
+        """L_pool: the mean squared distance of pooled vectors of length 1, which is 2 - 2 cosine, from hidden states
+        (B,S,D) without padding."""
         mask = torch.ones(teacher.shape[:2], device=teacher.device)  # (B,S)
         s, t = (F.normalize(self.pool(hidden.float(), mask), dim=1) for hidden in (student, teacher))
         return (s - t).square().sum(1).mean()
@@ -185,7 +185,7 @@ def read_dense(folder: Path, size: int) -> Dense:
 
 def sentences_of(rows: MaskedRows, count: int, tokenizer: Tokenizer) -> list[np.ndarray]:
     """At most `count` different sentences from rows that are spread over the text, as token ids with [CLS] and [SEP],
-    the shortest first: what stands between two marks or, in a row without, the row."""
+    the shortest first: what stands between two marks or, in a row with fewer marks, all its parts."""
     marks, sentences = [tokenizer.token_to_id(mark) for mark in ".?!。？！।" if tokenizer.token_to_id(mark)], {}
     for i in np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int):
         parts = np.split(rows.text[i], np.flatnonzero(np.isin(rows.text[i], marks)) + 1)
