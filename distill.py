@@ -192,7 +192,7 @@ def initial_state(args: argparse.Namespace, session: Session) -> TrainingState:
     """The student as a copy of the teacher or, to resume, as the checkpoint has it. Raises InputError."""
     alphas = {name: getattr(args, f"alpha_{name}") for name in ("mlm", "pred", "hidn", "emb", "attn", "pool")}
     if session.teacher.cls is None:
-        print(f"{args.teacher} has no masked-LM head: L_MLM and L_pred are off, and the student will have no head")
+        print(f"{args.teacher} has no masked-LM head, nor will the student: L_MLM, L_pred and masks are off")
         alphas["mlm"] = alphas["pred"] = 0.0
     if session.encoder is None:
         alphas["pool"] = 0.0

@@ -1,8 +1,8 @@
 """Shrink a sentence encoder, all-MiniLM-L6-v2, to half its width: with its mean pooling, and as a CLS-pooled teacher.
 
-For the teachers and their students: Spearman correlation on the dev split of STS-B between the labels and the cosines
-of sentence vectors, which are the student's own, mapped into the teacher's space as by --keep-space, or computed in
-int8; and how the vectors of held-out sentences agree with the teacher's. No student was trained on a pair.
+Teachers and students are compared on the dev split of STS-B (Spearman correlation of labels and cosines), with their
+own vectors, with these mapped into the teacher's space as by --keep-space, and in int8; and on held-out sentences with
+the teacher's vectors. No student is trained on a pair.
 """
 
 import json
@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 
 import data
-from support.checkpoint import load_model, load_tokenizer
+from support.checkpoint import load_config, load_model, load_tokenizer
 from support.evaluation import sentence_agreement
 from support.flags import DATA_FLAGS
 from support.glue import read_task
 from support.metrics import spearman
-from support.sentence_encoder import SentenceEncoder, sentences_of
+from support.sentence_encoder import POOLING, SentenceEncoder, sentences_of
 
 ARMS = {"with L_pool": {}, "without L_pool": {"alpha_pool": 0}}
 BUDGET = {"steps": 60, "batch_size": 16, "learning_rate": 6e-4, "preset": "compensated", "eval_every": 60,
@@ -34,7 +34,7 @@ VARIANTS = {"own": "own vectors", "kept": "in the teacher's space", "int8": "own
 def pooled_teacher(folder: Path, pooling: str) -> Path:
     """A copy of the sentence encoder in `folder` with "cls" or "mean" pooling."""
     copy = shutil.copytree(folder, experiment.RUNS / f"teacher-{pooling}", dirs_exist_ok=True)
-    config = {"word_embedding_dimension": 384, f"pooling_mode_{pooling}_token{'s' * (pooling == 'mean')}": True}
+    config = {"word_embedding_dimension": load_config(folder).hidden_size, POOLING[pooling]: True}
     (copy / "1_Pooling" / "config.json").write_text(json.dumps(config))
     return copy
 
@@ -56,7 +56,7 @@ class Judge:
         self.expected = self.encoder.vectors(self.teacher, self.heldout)
 
     def score(self, vectors) -> float:
-        """Spearman in percent. vectors: sentences, arrays of token ids, -> (N,E)."""
+        """Spearman in percent. vectors: a function from sentences, which are arrays of token ids, to (N,E)."""
         first, second = map(vectors, self.texts)
         labels = np.array([pair.label for pair in self.pairs])
         return 100 * spearman(F.cosine_similarity(first, second).numpy(), labels)
@@ -105,13 +105,14 @@ def measure(args) -> dict:
 def draw(result: dict):
     budget = result["budget"]
     figure, axes = experiment.panels(
-        "Half the width: a sentence encoder keeps most of its correlation",
+        f"Half the width, after {budget['steps'] * budget['batch_size'] * 128 / 1e6:.2f} million tokens",
         f"all-MiniLM-L6-v2 384 → 192, {budget['steps']} steps of {budget['batch_size']} x 128 tokens of Wikipedia; "
-        f"{len({row['seed'] for row in result['rows']})} seeds, standard deviations", 2, 3.6, sharex=True)
+        f"{len({row['seed'] for row in result['rows'] if row['arm'] != 'teacher'})} seeds", 2, 3.6, sharex=True)
     for axis, pooling in zip(axes, ("mean", "cls"), strict=True):
         rows = [row for row in result["rows"] if row["pooling"] == pooling]
         dots = [{"arm": f"{row['arm']}, {text}" if row["arm"] != "teacher" else "teacher", "score": row[f"stsb_{name}"]}
                 for name, text in VARIANTS.items() for row in rows if row["arm"] != "teacher" or name == "own"]
+        experiment.COLOURS |= {dot["arm"]: experiment.OURS for dot in dots if dot["arm"].startswith("with L_pool")}
         experiment.plot_dots(axis, dots, lambda row: row["score"], "STS-B dev, Spearman (percent)")
         axis.set_title(f"{pooling} pooling")
     return figure
