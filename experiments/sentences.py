@@ -107,14 +107,15 @@ def draw(result: dict):
     figure, axes = experiment.panels(
         f"Half the width, after {budget['steps'] * budget['batch_size'] * 128 / 1e6:.2f} million tokens",
         f"all-MiniLM-L6-v2 384 → 192, {budget['steps']} steps of {budget['batch_size']} x 128 tokens of Wikipedia; "
-        f"{len({row['seed'] for row in result['rows'] if row['arm'] != 'teacher'})} seeds", 2, 3.6, sharex=True)
+        f"{len({row['seed'] for row in result['rows'] if row['arm'] != 'teacher'})} seeds",
+        2, 3.6, sharex=True, sharey=True)
     for axis, pooling in zip(axes, ("mean", "cls"), strict=True):
         rows = [row for row in result["rows"] if row["pooling"] == pooling]
         dots = [{"arm": f"{row['arm']}, {text}" if row["arm"] != "teacher" else "teacher", "score": row[f"stsb_{name}"]}
                 for name, text in VARIANTS.items() for row in rows if row["arm"] != "teacher" or name == "own"]
         experiment.COLOURS |= {dot["arm"]: experiment.OURS for dot in dots if dot["arm"].startswith("with L_pool")}
-        experiment.plot_dots(axis, dots, lambda row: row["score"], "STS-B dev, Spearman (percent)")
-        axis.set_title(f"{pooling} pooling")
+        experiment.plot_dots(axis, dots, lambda row: row["score"], "STS-B dev, Spearman")
+        axis.set_title(f"{pooling.replace('cls', 'CLS')} pooling")
     return figure
 
 
