@@ -110,7 +110,7 @@ MUTANTS = [
     ("support/corpus.py", "tokenizer.to_str(), list(columns)", "tokenizer.to_str()", "data", "columns"),
     ("support/corpus.py", '"\\n".join(filter(None, map(record.get, columns)))', 'str(record[columns[0]])', "data", "columns"),
     ("support/corpus.py", 'endswith((".json", ".jsonl"))', 'endswith(".jsonl")', "data", "all_file_formats"),
-    ("support/session.py", "args.text_column, limit)", '["text"], limit)', "distill", "text_column"),
+    ("support/session.py", "args.text_column, limit,", '["text"], limit,', "distill", "text_column"),
     ("support/corpus.py", 'while meta["train"] < limit and', "while", "data", "with_the_limit"),
     ("support/corpus.py", "list(columns), limit, demo", "list(columns), demo", "data", "with_the_limit"),
     ("support/corpus.py", 'config.replace("-", "/")', "config", "hub", "large_web"),
@@ -210,7 +210,7 @@ MUTANTS = [
     ("support/hub.py", '"config.json", *modules, *(', '"config.json", *(', "hub", "sentence_encoder"),
     ("support/files.py", '*folder.glob("[0-9]*_*/*")', "", "files", "fingerprint"),
     ("support/files.py", 'work.rglob("*")', "work.iterdir()", "crash_consistency", "exported"),
-    ("pyproject.toml", '"torch>=2.9,<3"', '"torch>=2.9,<2.13"', "files", "pyproject"),
+    ("pyproject.toml", '"torch>=2.13,<3"', '"torch>=2.14,<3"', "files", "pyproject"),
     ("pyproject.toml", '    "pyarrow>=18",\n', "", "files", "pyproject"),
     # devices and precision
     ("data.py", "(t.pin_memory() if pin else t).to(device, non_blocking=True)", "t", "cuda", "right_device"),

@@ -290,6 +290,7 @@ def test_a_twentieth_of_the_text_is_held_out_and_no_token_is_lost(tmp_path, corp
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.parquet"])
 def test_all_pieces_of_a_long_record_are_on_the_same_side(tmp_path, documents, tokenizer, monkeypatch, name):
+    monkeypatch.setattr(corpora, "PIECE", 4096)
     monkeypatch.setattr(corpora, "TOKENISE_AT_ONCE", 40_000)  # some documents are in several blocks
     long = [text * 100 if i % 5 in (0, 3) else text for i, text in enumerate(documents[:40])]
     path = write_corpus(tmp_path / name, long)
