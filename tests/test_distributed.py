@@ -1,4 +1,4 @@
-"""Devices and precision (support/distributed.py). See also test_cuda.py, reliability/test_processes.py."""
+"""Devices and precision (support/distributed.py). See also reliability/: test_cuda.py, test_processes.py."""
 
 import platform
 

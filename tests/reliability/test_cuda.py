@@ -219,7 +219,7 @@ def errors(tmp_path_factory, checkpoint, tokenizer, corpus) -> dict[str, str | N
         folder / "interrupted", 2, "--steps", 3, "--prune-start", 0.3, "--prune-end", 0.6, "--granularity", 8,
         "--batch-size", 4, "--eval-rows", 4, "--compensate")
     done = subprocess.run([sys.executable, __file__, folder], capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+                          env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"})
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
