@@ -203,8 +203,10 @@ def test_traffic_of_a_step(toy):
             assert adamw == pytest.approx(8 * 4 * weights / 4, rel=0.001)
 
 
-def test_predictions_follow_from_the_schedule(checkpoint, capsys):
-    """At this bandwidth and this small shape every operation waits for memory."""
+def test_predictions_follow_from_the_schedule(checkpoint, capsys, monkeypatch):
+    """A step of one operation, which waits for memory."""
+    monkeypatch.setattr(traffic, "count", lambda config, shape, rows, length, compiled: [
+        traffic.Operation("all", "mul", 1, shape.hidden_size**2 * rows * length // (1 + compiled))])
     traffic.main(["--teacher", str(checkpoint), "--widths", "16", "32", "--seq-length", "16", "--tflops", "600",
                   "--gb-per-s", "100", "200"])
     output = capsys.readouterr().out

@@ -198,7 +198,7 @@ def test_nine_widths_are_compiled_once_and_equal_eager_steps(no_compilations):
 
 def test_rows_of_several_lengths_as_of_a_teacher_without_head_are_compiled_as_rarely(no_compilations):
     teacher, distiller = make_state()
-    for rows, length in ((4, 16), (8, 8), (16, 4), (3, 16), (6, 8)):
+    for rows, length in ((4, 16), (8, 8), (16, 4)):
         ids = torch.zeros(rows, length, dtype=torch.int64)
         with switched_on(teacher, distiller):
             teacher(ids)

@@ -106,11 +106,10 @@ def test_a_student_opens_as_its_teacher_does_and_our_vectors_are_those_of_the_li
     assert encode(student, prompt="").norm(dim=1).allclose(torch.ones(4)) == normalize
 
 
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
-def test_exported_files_compute_the_library_s_vectors_in_onnxruntime(teacher, pooling, tmp_path, monkeypatch, capsys):
+def test_exported_files_compute_the_library_s_vectors_in_onnxruntime(teacher, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "experiments")
     export_onnx = pytest.importorskip("export_onnx")
-    folder, path, small = teacher(pooling, dense=True), tmp_path / "student.onnx", tmp_path / "student.int8.onnx"
+    folder, path, small = teacher(dense=True), tmp_path / "student.onnx", tmp_path / "student.int8.onnx"
     words = [str(folder), str(path)]
     assert export_onnx.main([*words, "--int8"]) == 0
     assert capsys.readouterr().out.count(" MB, ") == 2 and small.stat().st_size < path.stat().st_size
