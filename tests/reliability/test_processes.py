@@ -65,14 +65,14 @@ def test_a_signal_ends_in_one_line_that_says_how_to_resume(runs, tmp_path, numbe
 
 
 def test_the_demonstration_trains_a_student_far_closer_than_pruning_alone(tmp_path):
-    """With the bundled teacher and the demo text, against pruning without any learning, which needs fewer steps."""
+    """With the bundled teacher and the demo text, against the same units pruned without any learning."""
     kl = []
-    for rate, steps in (("1e-3", "60"), ("0", "10")):
+    for rate in ("1e-3", "0"):
         output = tmp_path / rate
         assert distill.main([
-            "--output", str(output), "--steps", steps, "--batch-size", "8", "--seq-length", "64", "--target-width",
+            "--output", str(output), "--steps", "60", "--batch-size", "8", "--seq-length", "64", "--target-width",
             "192", "--corpus-tokens", "200000", "--learning-rate", rate, "--weight-decay", "0", "--eval-rows", "64",
-            "--eval-every", steps, "--device", "cpu", "--cache-dir", str(tmp_path / "cache")]) == 0
+            "--eval-every", "60", "--device", "cpu", "--cache-dir", str(tmp_path / "cache")]) == 0
         kl.append([line for line in history(output) if line["event"] == "eval"][-1]["kl"])
     assert json.loads((tmp_path / "1e-3" / "student" / "config.json").read_text())["hidden_size"] == 192
     assert kl[0] < 0.6 * kl[1]
