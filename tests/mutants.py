@@ -184,6 +184,8 @@ MUTANTS = [
     ("data.py", "default_rng([seed, step]).integers", "default_rng([seed, first]).integers", "data", "unmasked_rows"),
     ("data.py", "self.seq_length // parts - 2", "(self.seq_length - 2) // parts", "data", "unmasked_rows"),
     ("data.py", "kind = MaskedRows if masked else UnmaskedRows", "kind = MaskedRows", "data", "load_rows"),
+    ("distill.py", "self.encoder.distance(self.hidden_projections[-1]", "self.encoder.distance(self.hidden_projections[0]", "sentence_encoder", "loss_of"),
+    ("distill.py", "(student.hidden[-1]), teacher.hidden[-1])", "(student.hidden[0]), teacher.hidden[-1])", "sentence_encoder", "loss_of"),
     ("support/session.py", "masked=self.teacher.cls is not None", "masked=True", "sentence_encoder", "learn_from"),
     ("support/sentence_encoder.py", "(hidden.float(), mask), dim=1)", "(hidden.float(), mask), dim=0)", "sentence_encoder", "loss_of"),
     ("support/sentence_encoder.py", 'hidden[:, 0] if self.pooling == "cls" else mean', "mean", "sentence_encoder", "opens_as"),
