@@ -1,15 +1,18 @@
 """Wrong lines that the tests must catch: each entry is a file, a line, what it is replaced by, and the test that fails.
 
-    python tests/mutants.py              all of them, 40 minutes on one core (make mutants)
+    python tests/mutants.py              all of them (make mutants)
     python tests/mutants.py 17 42        some of them, by number
 
-Every mutant is made in a copy of the project. It is killed if its test fails, and the test passes without it.
+Every mutant is made in a copy of the project, one at a time on each core. It is killed if its test fails. That the tests
+pass without mutants is for `make test` to show.
 """
 
+import multiprocessing
 import os
 import shutil
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -276,57 +279,56 @@ MUTANTS = [
 ]
 
 
-def killed(copy: Path, number: int) -> str:
-    """What became of a mutant: "killed", "survived", or why it could not be tried."""
+def outcome(number: int) -> tuple[int, str, float]:
+    """The number of a mutant, what became of it ("killed", "survived", or why it could not be tried), and seconds."""
     file, old, new, test, expression = MUTANTS[number]
+    copy, start = Path(f"copy-{os.getpid()}"), time.time()  # each worker has one
+    if not copy.exists():
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__", "figures"))
     source = (copy / file).read_text()
     if source.count(old) != 1:
-        return f"the line stands there {source.count(old)} times"
+        return number, f"the line stands there {source.count(old)} times", 0.0
     (copy / file).write_text(source.replace(old, new))
-    try:
-        return "killed" if run_test(copy, test, expression) else "survived"
-    finally:
-        (copy / file).write_text(source)
+    code = run_test(copy, test, expression)
+    (copy / file).write_text(source)
+    return number, {0: "survived", 1: "killed"}.get(code, f"pytest ended with code {code}"), time.time() - start
 
 
 def run_test(copy: Path, test: str, expression: str) -> int:
-    """The exit code of pytest, 0 if all passed, in a forked process that has the libraries imported already."""
+    """The exit code of pytest, 0 if all passed, 1 if one failed, in a forked process that has the libraries imported
+    already."""
     child = os.fork()
     if not child:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         os.dup2(null, 2)
         os.chdir(copy)
-        sys.path[:0] = [str(copy), str(copy / "tests")]
+        sys.path[:0] = [str(copy.absolute()), str(copy.absolute() / "tests")]
         import pytest
 
-        folder = "tests/reliability" if (copy / "tests" / "reliability" / f"test_{test}.py").exists() else "tests"
-        code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--reliability", f"{folder}/test_{test}.py", "-k",
-                            expression])
-        os._exit(0 if code == 0 else 5 if code == 5 else 1)
+        folder = "tests/reliability" if Path(f"tests/reliability/test_{test}.py").exists() else "tests"
+        os._exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--assert=plain", "--reliability",
+                              f"{folder}/test_{test}.py", "-k", expression]))
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def main() -> int:
-    import pytest  # noqa: F401 (imported before the forks, as the libraries below)
+    import hypothesis  # noqa: F401 (imported before the forks, as the libraries below)
+    import pytest  # noqa: F401
     import scipy.stats  # noqa: F401
     import transformers.models.bert.modeling_bert  # noqa: F401
 
     chosen = [int(word) for word in sys.argv[1:]] or range(len(MUTANTS))
+    killed = 0
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "copy"
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__", "figures"))
-        for test in sorted({(MUTANTS[n][3], MUTANTS[n][4]) for n in chosen}):
-            if run_test(copy, *test):
-                print(f"{test} does not pass, or selects no test, without a mutant")
-                return 2
-        alive = 0
-        for number in chosen:
-            outcome = killed(copy, number)
-            alive += outcome != "killed"
-            print(f"{number:>3}  {outcome:<9} {MUTANTS[number][0]}: {MUTANTS[number][2].strip()[:90]!r}", flush=True)
-    print(f"{len(chosen) - alive} of {len(chosen)} killed")
-    return min(alive, 1)
+        os.chdir(folder)
+        with multiprocessing.get_context("fork").Pool() as pool:
+            for number, text, seconds in pool.imap_unordered(outcome, chosen):
+                killed += text == "killed"
+                print(f"{number:>3}  {text:<9} {seconds:4.0f} s  {MUTANTS[number][0]}: "
+                      f"{MUTANTS[number][2].strip()[:80]!r}", flush=True)
+    print(f"{killed} of {len(chosen)} killed")
+    return int(killed < len(chosen))
 
 
 if __name__ == "__main__":
