@@ -67,7 +67,8 @@ def events(folder: Path, kind: str) -> list[dict]:
 
 
 def curve(folder: Path) -> dict[str, list[float]]:
-    """A run at every evaluation: step, tokens, seconds of training until then, KL, masked-LM loss, top-1 accuracy."""
+    """A run at every evaluation: step, tokens, seconds of training until then and, with a masked-LM head, KL, masked-LM
+    loss, top-1 accuracy."""
     steps, tokens, seconds = [0], [0], [0.0]
     for line in events(folder, "train"):
         seconds.append(seconds[-1] + (line["tokens"] - tokens[-1]) / line["tokens_per_second"])
@@ -77,7 +78,8 @@ def curve(folder: Path) -> dict[str, list[float]]:
     at = [line["step"] for line in evaluations]
     return {"step": at, "tokens": np.interp(at, steps, tokens).tolist(),
             "seconds": np.interp(at, steps, seconds).round(1).tolist(),
-            **{key: [line[key] for line in evaluations] for key in ("kl", "masked_lm_loss", "top1")}}
+            **{key: [line[key] for line in evaluations] for key in ("kl", "masked_lm_loss", "top1")
+               if key in evaluations[0]}}
 
 
 def compare(arms: dict[str, dict], seeds: list[int]) -> list[dict]:

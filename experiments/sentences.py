@@ -39,53 +39,65 @@ def pooled_teacher(folder: Path, pooling: str) -> Path:
     return copy
 
 
+def int8_file(folder: Path) -> Path:
+    """The checkpoint in `folder`, exported for onnxruntime with weights in int8."""
+    path = folder / "int8.onnx"
+    if not path.is_file():
+        export_onnx.export(export_onnx.Student(folder), folder / "float32.onnx")
+        export_onnx.quantize(folder / "float32.onnx", path)
+    return path
+
+
 class Judge:
     """Compares checkpoints with a teacher on STS-B and on held-out sentences."""
 
     def __init__(self, folder: Path, args):
         self.teacher = load_model(folder).eval()
         self.encoder = SentenceEncoder.read(folder, self.teacher.config)
-        tokenizer = load_tokenizer(folder, self.teacher.config.vocab_size)
+        self.tokenizer = load_tokenizer(folder, self.teacher.config.vocab_size)
         cache = next(Path(flag.default) for flag in DATA_FLAGS if flag.name == "--cache-dir")
-        rows, heldout, _ = data.load_rows([args.corpus], tokenizer, cache, 128)
-        self.fit, self.heldout = (sentences_of(part, count, tokenizer) for part, count in (
-            (rows, FIT_SENTENCES), (heldout, HELDOUT_SENTENCES)))
-        self.pairs = read_task("stsb", Path(args.data))["dev"]
-        self.texts = [[np.array(encoding.ids) for encoding in tokenizer.encode_batch(list(texts))]
-                      for texts in zip(*(pair.texts for pair in self.pairs), strict=True)]
+        self.rows, heldout, _ = data.load_rows([args.corpus], self.tokenizer, cache, 128, masked=False)
+        self.fit, self.heldout = (sentences_of(part, count, self.tokenizer) for part, count in (
+            (self.rows, FIT_SENTENCES), (heldout, HELDOUT_SENTENCES)))
+        self.tokenizer.enable_truncation(self.encoder.max_length)
+        pairs = read_task("stsb", Path(args.data))["dev"]
+        self.labels = np.array([pair.label for pair in pairs])
+        self.pairs = [self.tokens(texts) for texts in zip(*(pair.texts for pair in pairs), strict=True)]
         self.expected = self.encoder.vectors(self.teacher, self.heldout)
 
-    def score(self, vectors) -> float:
-        """Spearman in percent. vectors: a function from sentences, which are arrays of token ids, to (N,E)."""
-        first, second = map(vectors, self.texts)
-        labels = np.array([pair.label for pair in self.pairs])
-        return 100 * spearman(F.cosine_similarity(first, second).numpy(), labels)
+    def tokens(self, texts) -> list[np.ndarray]:
+        """The token ids of every text, with [CLS] and [SEP], cut to the teacher's maximum length."""
+        return [np.array(encoding.ids) for encoding in self.tokenizer.encode_batch(list(texts))]
 
     @torch.no_grad()
-    def __call__(self, folder: Path) -> dict:
+    def vectors(self, folder: Path) -> dict:
+        """The functions from sentences, which are arrays of token ids, to vectors (N,E), by name in VARIANTS."""
         bert = load_model(folder).eval()
         own = SentenceEncoder.read(folder, bert.config)
         kept = self.encoder.fitted(bert, self.teacher, self.fit)
-        path = experiment.RUNS / "student.onnx"
-        export_onnx.export(export_onnx.Student(folder), path)
-        export_onnx.quantize(path, path.with_suffix(".int8.onnx"))
-        session = onnxruntime.InferenceSession(path.with_suffix(".int8.onnx"), providers=["CPUExecutionProvider"])
 
         def int8(sentences):
-            parts = []
+            session, parts = onnxruntime.InferenceSession(int8_file(folder), providers=["CPUExecutionProvider"]), []
             for ids in sentences:  # one by one, without padding
                 inputs = zip(export_onnx.INPUTS, (ids, np.ones_like(ids), np.zeros_like(ids)), strict=True)
                 feeds = {name: values[None].astype(np.int64) for name, values in inputs}
                 parts.append(torch.from_numpy(session.run(["sentence_embedding"], feeds)[0]))
             return torch.cat(parts)
 
-        sizes = {name: file.stat().st_size / 1e6 for name, file in (
-            ("megabytes", folder / "model.safetensors"), ("megabytes_int8", path.with_suffix(".int8.onnx")))}
-        vectors = {"own": lambda sentences: own.vectors(bert, sentences),
-                   "kept": lambda sentences: kept.vectors(bert, sentences), "int8": int8}
-        return sizes | {f"stsb_{name}": self.score(function) for name, function in vectors.items()} | {
-            f"{name}_{key}": value for name in ("own", "kept")
-            for key, value in sentence_agreement(vectors[name](self.heldout), self.expected).items()}
+        return {"own": lambda sentences: own.vectors(bert, sentences),
+                "kept": lambda sentences: kept.vectors(bert, sentences), "int8": int8}
+
+    def __call__(self, folder: Path, vectors: dict) -> dict:
+        """The figures of the checkpoint in `folder`, which has these `vectors`."""
+        result = {}
+        for name, function in vectors.items():
+            first, second = map(function, self.pairs)
+            result[f"stsb_{name}"] = 100 * spearman(F.cosine_similarity(first, second).numpy(), self.labels)
+        for name in ("own", "kept"):
+            agreement = sentence_agreement(vectors[name](self.heldout), self.expected)
+            result |= {f"{name}_{key}": value for key, value in agreement.items()}
+        sizes = {"megabytes": folder / "model.safetensors", "megabytes_int8": int8_file(folder)}
+        return result | {name: file.stat().st_size / 1e6 for name, file in sizes.items()}
 
 
 def measure(args) -> dict:
@@ -93,13 +105,14 @@ def measure(args) -> dict:
     for pooling in ("mean", "cls"):
         teacher = pooled_teacher(Path(args.teacher), pooling)
         judge = Judge(teacher, args)
-        rows.append({"pooling": pooling, "arm": "teacher", "seed": 0, **judge(teacher)})
+        rows.append({"pooling": pooling, "arm": "teacher", "seed": 0, **judge(teacher, judge.vectors(teacher))})
         for arm, flags in ARMS.items():
             for seed in args.seeds:
-                folder = experiment.distil(**flags, **BUDGET, teacher=teacher, corpus=args.corpus, seed=seed)
-                rows.append({"pooling": pooling, "arm": arm, "seed": seed, **judge(folder / "student")})
+                run = experiment.distil(**flags, **BUDGET, teacher=teacher, corpus=args.corpus, seed=seed)
+                folder = run / "student"
+                rows.append({"pooling": pooling, "arm": arm, "seed": seed, **judge(folder, judge.vectors(folder))})
                 print(json.dumps(rows[-1]), flush=True)
-    return {"budget": BUDGET, "pairs": len(judge.pairs), "rows": rows}
+    return {"budget": BUDGET, "pairs": len(judge.labels), "rows": rows}
 
 
 def draw(result: dict):

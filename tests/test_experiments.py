@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -127,6 +128,23 @@ def test_equal_flags_share_one_run_and_its_curve_is_that_of_its_log(logged):
     assert len(logged) == 4
 
 
+def test_the_curve_of_a_run_without_head_has_its_time(tmp_path):
+    lines = [{"event": "train", "step": 4, "tokens": 400, "tokens_per_second": 100},
+             {"event": "eval", "step": 4, "hidden_mse": 0.1}]
+    assert experiment.curve(write_run(tmp_path / "run", lines)) == {"step": [4], "tokens": [400.0], "seconds": [4.0]}
+
+
+def test_the_search_ranks_the_right_paragraph_by_cosine():
+    pytest.importorskip("onnxruntime")
+    minilm = importlib.import_module("minilm")
+    search = object.__new__(minilm.Search)
+    search.relevant = torch.tensor([0, 1, 2])
+    paragraphs = torch.tensor([[1.0, 0.0], [0.0, 9.0], [3.0, 3.0]])
+    questions = torch.tensor([[2.0, 0.0], [2.0, 1.0], [1.0, 0.0]])  # rank 1, rank 3 of 3, rank 2
+    scores = search.scores(questions, paragraphs)
+    assert scores == pytest.approx({"recall": 100 / 3, "mrr": 100 * (1 + 1 / 3 + 1 / 2) / 3})
+
+
 def test_switches_and_underscores_become_flags_and_an_unfinished_run_is_resumed(logged):
     folder = experiment.distil(align_heads=True, alpha_mlm=0, preset="imitation")
     assert {"--align-heads", "--alpha-mlm=0", "--preset=imitation"} < set(logged[0])
@@ -214,7 +232,7 @@ SAVED = sorted(path.stem for path in (ROOT / "experiments" / "results").glob("*.
 def test_a_saved_result_tells_its_origin_and_can_be_drawn(name):
     result = json.loads((ROOT / "experiments" / "results" / f"{name}.json").read_text())
     assert {"command", "machine", "versions", "commit", "date"} <= set(result) and result["rows"]
-    if name in ("widths", "sentences"):
+    if name in ("widths", "sentences", "minilm"):
         pytest.importorskip("onnxruntime")
     experiment.plt.close(importlib.import_module(name).draw(result))
 

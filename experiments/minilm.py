@@ -1,0 +1,150 @@
+"""all-MiniLM-L6-v2 at half its width, and with every second layer, both trained with the same text for the same time.
+
+Keeping every second layer and imitating the teacher's sentence vectors is what the examples of sentence-transformers
+do. Both students are compared with the teacher on STS-B and in search: questions of SQuAD, and the paragraph of each
+among PARAGRAPHS. No student is trained on these. Each student has that of three learning rates with which a short run
+agrees best with the teacher on held-out sentences.
+"""
+
+import shutil
+import time
+from pathlib import Path
+
+import experiment
+import torch
+import torch.nn.functional as F
+from sentences import Judge, pooled_teacher
+from widths import milliseconds_per_row
+
+from distill import learning_rate
+from model import Bert
+from support.checkpoint import load_model, save_model
+from support.evaluation import sentence_agreement
+from support.squad import read_squad
+
+SEARCH = {"steps": 150, "batch_size": 16}
+HALF, HALF_RATES = {"steps": 750, "batch_size": 32}, (6e-4, 1.2e-3, 2.4e-3)
+LAYERS, LAYER_RATES = {"steps": 700, "batch_size": 32}, (1e-4, 3e-4, 1e-3)  # takes the time of HALF
+PARAGRAPHS = 2000
+
+
+def half_the_width(judge: Judge, args, rate: float, steps: int, batch_size: int) -> Path:
+    """The student's folder."""
+    run = experiment.distil(steps=steps, batch_size=batch_size, learning_rate=rate, preset="compensated",
+                            eval_every=steps, eval_rows=64, teacher=args.teacher, corpus=args.corpus, seed=0)
+    return run / "student"
+
+
+def every_second_layer(judge: Judge, args, rate: float, steps: int, batch_size: int) -> Path:
+    """The folder of the teacher's layers 2, 4, ..., trained on the mean squared error of the sentence vectors."""
+    output = experiment.RUNS / f"every-second-layer_{rate}_{steps}_{batch_size}"
+    if output.is_dir():
+        return output
+    student: Bert = load_model(Path(args.teacher))
+    student.bert.encoder["layer"] = student.bert.layers[1::2]
+    student.config.num_hidden_layers = len(student.bert.layers)
+    student.set_dropout(0.0)
+    optimizer = torch.optim.AdamW(student.parameters(), weight_decay=0.01, fused=True)
+
+    def vectors(bert: Bert, ids):
+        hidden = bert(ids).hidden[-1]  # (B,S,D)
+        return judge.encoder.after_pooling(judge.encoder.pool(hidden, torch.ones_like(ids)))
+
+    start = time.time()
+    for step in range(steps):
+        ids = judge.rows.training_batch(0, step, batch_size).input_ids  # (B,S)
+        with torch.no_grad():
+            target = vectors(judge.teacher, ids)
+        F.mse_loss(vectors(student, ids), target).backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, rate, 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 50 == 0:
+            print(f"every second layer, step {step} of {steps}, {time.time() - start:.0f} s", flush=True)
+    work = shutil.copytree(args.teacher, output.with_name(f"{output.name}.unfinished"), dirs_exist_ok=True)
+    save_model(student, work)
+    (work / "seconds.txt").write_text(f"{time.time() - start:.0f}\n")
+    return work.rename(output)
+
+
+class Search:
+    """The first PARAGRAPHS paragraphs of a SQuAD file with their questions."""
+
+    def __init__(self, path: Path, judge: Judge):
+        pairs = [example.texts for example in read_squad(path, "squad")]
+        paragraphs = list(dict.fromkeys(paragraph for _, paragraph in pairs))[:PARAGRAPHS]
+        number = {paragraph: i for i, paragraph in enumerate(paragraphs)}
+        pairs = [pair for pair in pairs if pair[1] in number]
+        self.relevant = torch.tensor([number[paragraph] for _, paragraph in pairs])  # (Q,)
+        self.questions, self.paragraphs = judge.tokens([question for question, _ in pairs]), judge.tokens(paragraphs)
+
+    def scores(self, questions, paragraphs) -> dict[str, float]:
+        """Recall at 1 and MRR at 10, in percent, from vectors of questions (Q,E) and of paragraphs (P,E)."""
+        found = F.normalize(questions, dim=1) @ F.normalize(paragraphs, dim=1).T  # (Q,P) cosines
+        rank = 1 + (found > found.gather(1, self.relevant[:, None])).sum(1)  # (Q,) of the right paragraph
+        return {"recall": 100 * (rank == 1).double().mean().item(),
+                "mrr": 100 * torch.where(rank <= 10, 1 / rank, 0.0).mean().item()}
+
+
+def best_rate(judge: Judge, student, args, rates) -> tuple[float, dict[float, float]]:
+    """The rate with which short runs agree best with the teacher on held-out sentences, and all agreements."""
+    agreements = {}
+    for rate in rates:
+        own = judge.vectors(student(judge, args, rate, **SEARCH))["own"]
+        agreements[rate] = sentence_agreement(own(judge.heldout), judge.expected)["sentence_spearman"]
+    return max(agreements, key=agreements.get), agreements
+
+
+def measure(args) -> dict:
+    judge = Judge(Path(args.teacher), args)
+    search = Search(Path(args.squad), judge)
+    rates, agreements = zip(best_rate(judge, half_the_width, args, HALF_RATES),
+                            best_rate(judge, every_second_layer, args, LAYER_RATES), strict=True)
+    models = {"teacher": pooled_teacher(Path(args.teacher), "mean"),
+              "half the width": half_the_width(judge, args, rates[0], **HALF),
+              "every second layer": every_second_layer(judge, args, rates[1], **LAYERS)}
+    index, rows = judge.encoder.vectors(judge.teacher, search.paragraphs), []  # of the teacher
+    for arm, folder in models.items():
+        functions = judge.vectors(folder)
+        row = {"arm": arm} | judge(folder, functions)
+        for name, vectors in functions.items():
+            questions = vectors(search.questions)
+            row |= {f"{key}_{name}": value for key, value in search.scores(
+                questions, vectors(search.paragraphs)).items()}
+            if questions.shape[1] == index.shape[1]:
+                row |= {f"{key}_{name}_in_teacher_index": value
+                        for key, value in search.scores(questions, index).items()}
+        rows.append(row)
+        print(row, flush=True)
+    times = milliseconds_per_row(models)
+    seconds = [experiment.curve(models["half the width"].parent)["seconds"][-1],
+               float((models["every second layer"] / "seconds.txt").read_text())]
+    return {"rates": rates, "agreements": agreements, "questions": len(search.questions), "seconds": seconds,
+            "half": HALF, "layers": LAYERS, "rows": [row | times[row["arm"]] for row in rows]}
+
+
+def draw(result: dict):
+    figure, axes = experiment.panels(
+        "Half the width or half the layers: quality over time",
+        f"all-MiniLM-L6-v2; both students trained for {result['seconds'][0] / 60:.0f} minutes on one core; float32, "
+        "own vectors", 2, 3.8, sharex=True)
+    colours = {"teacher": experiment.GREY, "half the width": experiment.OURS, "every second layer": experiment.OTHER}
+    for axis, key, label in zip(axes, ("stsb", "recall"), ("STS-B dev, Spearman (percent)",
+                                                         f"recall at 1 of {PARAGRAPHS:,} paragraphs (percent)"),
+                                strict=True):
+        for row in result["rows"]:
+            axis.plot(row["onnxruntime"], row[f"{key}_own"], "o", color=colours[row["arm"]])
+            axis.annotate(row["arm"], (row["onnxruntime"], row[f"{key}_own"]), (6, 6), textcoords="offset points",
+                          color=colours[row["arm"]])
+        axis.set(xlabel="milliseconds per row of 128 tokens in onnxruntime", ylabel=label)
+        axis.set_xlim(left=0)
+        axis.margins(x=0.3, y=0.2)
+        axis.grid(alpha=0.25)
+    return figure
+
+
+if __name__ == "__main__":
+    experiment.main("minilm", __doc__, measure, draw, teacher="folder of all-MiniLM-L6-v2", corpus="text to train on",
+                    data="folder of STS-B", squad="training part of SQuAD 1.1")
