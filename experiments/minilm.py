@@ -128,8 +128,9 @@ def measure(args) -> dict:
 def draw(result: dict):
     figure, axes = experiment.panels(
         "Half the width or half the layers: quality over time",
-        f"all-MiniLM-L6-v2; both students trained for {result['seconds'][0] / 60:.0f} minutes on one core; float32, "
-        "own vectors", 2, 3.8, sharex=True)
+        "all-MiniLM-L6-v2; students trained with {} and {} million tokens of Wikipedia; float32, own vectors; ".format(
+            *(round(budget["steps"] * budget["batch_size"] * 128 / 1e6, 1) for budget in (
+                result["half"], result["layers"]))) + f"{result['threads']} threads", 2, 3.8, sharex=True)
     colours = {"teacher": experiment.GREY, "half the width": experiment.OURS, "every second layer": experiment.OTHER}
     for axis, key, label in zip(axes, ("stsb", "recall"), ("STS-B dev, Spearman (percent)",
                                                          f"recall at 1 of {PARAGRAPHS:,} paragraphs (percent)"),
