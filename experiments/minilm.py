@@ -23,8 +23,8 @@ from support.evaluation import sentence_agreement
 from support.squad import read_squad
 
 SEARCH = {"steps": 150, "batch_size": 16}
-HALF, HALF_RATES = {"steps": 750, "batch_size": 32}, (6e-4, 1.2e-3, 2.4e-3)
-LAYERS, LAYER_RATES = {"steps": 700, "batch_size": 32}, (1e-4, 3e-4, 1e-3)  # takes the time of HALF
+HALF, HALF_RATES = {"steps": 2500, "batch_size": 32}, (6e-4, 1.2e-3, 2.4e-3)
+LAYERS, LAYER_RATES = {"steps": 2330, "batch_size": 32}, (1e-4, 3e-4, 1e-3)  # takes the time of HALF
 PARAGRAPHS = 2000
 
 
@@ -38,6 +38,7 @@ def half_the_width(judge: Judge, args, rate: float, steps: int, batch_size: int)
 def every_second_layer(judge: Judge, args, rate: float, steps: int, batch_size: int) -> Path:
     """The folder of the teacher's layers 2, 4, ..., trained on the mean squared error of the sentence vectors."""
     output = experiment.RUNS / f"every-second-layer_{rate}_{steps}_{batch_size}"
+    checkpoint = output.with_name(f"{output.name}.pt")
     if output.is_dir():
         return output
     student: Bert = load_model(Path(args.teacher))
@@ -45,13 +46,18 @@ def every_second_layer(judge: Judge, args, rate: float, steps: int, batch_size: 
     student.config.num_hidden_layers = len(student.bert.layers)
     student.set_dropout(0.0)
     optimizer = torch.optim.AdamW(student.parameters(), weight_decay=0.01, fused=True)
+    first, seconds = 0, 0.0
+    if checkpoint.is_file():
+        weights, moments, first, seconds = torch.load(checkpoint, weights_only=True)
+        student.load_state_dict(weights)
+        optimizer.load_state_dict(moments)
 
     def vectors(bert: Bert, ids):
         hidden = bert(ids).hidden[-1]  # (B,S,D)
         return judge.encoder.after_pooling(judge.encoder.pool(hidden, torch.ones_like(ids)))
 
-    start = time.time()
-    for step in range(steps):
+    start = time.time() - seconds
+    for step in range(first, steps):
         ids = judge.rows.training_batch(0, step, batch_size).input_ids  # (B,S)
         with torch.no_grad():
             target = vectors(judge.teacher, ids)
@@ -61,11 +67,16 @@ def every_second_layer(judge: Judge, args, rate: float, steps: int, batch_size: 
             group["lr"] = learning_rate(step, steps, rate, 0.1)
         optimizer.step()
         optimizer.zero_grad()
-        if step % 50 == 0:
-            print(f"every second layer, step {step} of {steps}, {time.time() - start:.0f} s", flush=True)
+        if (step + 1) % 50 == 0:
+            seconds = time.time() - start
+            print(f"every second layer, step {step + 1} of {steps}, {seconds:.0f} s", flush=True)
+            part = checkpoint.with_name(f"{checkpoint.name}.unfinished")
+            torch.save((student.state_dict(), optimizer.state_dict(), step + 1, seconds), part)
+            part.replace(checkpoint)
     work = shutil.copytree(args.teacher, output.with_name(f"{output.name}.unfinished"), dirs_exist_ok=True)
     save_model(student, work)
     (work / "seconds.txt").write_text(f"{time.time() - start:.0f}\n")
+    checkpoint.unlink(missing_ok=True)
     return work.rename(output)
 
 
