@@ -145,6 +145,37 @@ def test_the_search_ranks_the_right_paragraph_by_cosine():
     assert scores == pytest.approx({"recall": 100 / 3, "mrr": 100 * (1 + 1 / 3 + 1 / 2) / 3})
 
 
+def test_mteb_scores_are_those_of_every_encoder_in_percent(monkeypatch, capsys):
+    mteb = pytest.importorskip("mteb", reason="needs mteb")
+    mteb_scores, datasets = map(importlib.import_module, ("mteb_scores", "datasets"))
+    texts = ["a cat", "one cat", "two dogs", "the market"]
+    vectors = {"good": [[1, 0], [3, 1], [1, 1], [0, 1]], "bad": [[1, 0], [0, 1], [1, 1], [1, 0]]}
+
+    class Encoder(mteb_scores.SentenceTransformer):
+        def __init__(self, name):
+            super().__init__(str(ROOT / "teachers" / "small"))
+            self.table = dict(zip(texts, torch.tensor(vectors[name], dtype=torch.float32), strict=True))
+
+        def encode(self, sentences, **options):
+            return torch.stack([self.table[text] for text in sentences]).numpy()
+
+    class Local(type(mteb.get_task("STSBenchmark"))):
+        def load_data(self, **options):
+            pairs = [{"sentence1": texts[0], "sentence2": text, "score": 5 - i} for i, text in enumerate(texts)]
+            self.dataset, self.data_loaded = {"test": datasets.Dataset.from_list(pairs)}, True
+
+    monkeypatch.setattr(mteb_scores, "SentenceTransformer", Encoder)
+    monkeypatch.setattr(mteb, "get_tasks", lambda names: [Local()])
+    monkeypatch.setattr(sys, "argv", ["mteb_scores.py", "good", "bad"])
+    mteb_scores.main()
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        "| task | good | bad |", "|---|---|---|", "| STSBenchmark | 100.0 | -10.5 |"]
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "argv", ["mteb_scores.py", "good", "--tasks", "nothing"])
+    with pytest.raises(SystemExit, match="2"):
+        mteb_scores.main()
+
+
 def test_switches_and_underscores_become_flags_and_an_unfinished_run_is_resumed(logged):
     folder = experiment.distil(align_heads=True, alpha_mlm=0, preset="imitation")
     assert {"--align-heads", "--alpha-mlm=0", "--preset=imitation"} < set(logged[0])
