@@ -1,12 +1,15 @@
-"""Train the bundled teacher: a small uncased BERT with its own vocabulary, by masked-LM on open text, on the CPU.
+"""Train a teacher by masked-LM on open text: the bundled small BERT, or an encoder on which a masked-LM head is put.
 
     python teachers/train_teacher.py --corpus wiki.txt.gz books.txt.gz demo --output teachers/small --minutes 60
+    python teachers/train_teacher.py --encoder sentence-transformers/all-MiniLM-L6-v2 --learning-rate 5e-4 \\
+        --corpus hub:wikimedia/wikipedia:20231101.en --corpus-tokens 50_000_000 --output minilm-lm --minutes 120
 
 The budget is time: warm-up and decay follow the clock, so that the run ends on any machine. Rows have 128 tokens in the
 first 90 % of the time and 512 after it, as for the original BERT, so that all positions are trained."""
 
 import argparse
 import itertools
+import math
 import sys
 import time
 from pathlib import Path
@@ -20,21 +23,30 @@ from tokenizers.trainers import WordPieceTrainer
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import MaskedRows  # noqa: E402
 from model import Bert, BertConfig  # noqa: E402
-from support.checkpoint import SPECIAL_TOKENS, save_config, save_tokenizer, wordpiece_tokenizer  # noqa: E402
+from support import checkpoint  # noqa: E402
 from support.corpus import corpus_files, numbered_pieces, tokenise  # noqa: E402
+from support.distributed import find_device, resolve_precision  # noqa: E402
+from support.errors import run_program  # noqa: E402
+from support.hub import find_model  # noqa: E402
 
 VOCAB_SIZE, HIDDEN_SIZE, LAYERS, HEADS = 8192, 256, 4, 8
-TOKENS_PER_STEP, PEAK_LEARNING_RATE, MASKED_FRACTION = 32 * 128, 2e-3, 0.3  # twice BERT's fraction, as text is short
+TOKENS_PER_STEP, MASKED_FRACTION = 32 * 128, 0.3  # twice BERT's fraction, as text is short
 WINDOW, STD = 5, 0.04  # tokens of a co-occurrence; standard deviation of the initial embeddings
 
 
 def train_vocabulary(corpora: list[str]):
     """A WordPiece tokenizer, trained on every eighth piece of the corpora."""
     every_eighth = itertools.islice(numbered_pieces(corpus_files(corpora), "demo" in corpora), 0, None, 8)
-    tokenizer = wordpiece_tokenizer({})
+    tokenizer = checkpoint.wordpiece_tokenizer({})
     tokenizer.train_from_iterator((text for _, text in every_eighth), WordPieceTrainer(
-        vocab_size=VOCAB_SIZE, special_tokens=list(SPECIAL_TOKENS), limit_alphabet=600, show_progress=False))
-    return wordpiece_tokenizer(tokenizer.get_vocab())
+        vocab_size=VOCAB_SIZE, special_tokens=list(checkpoint.SPECIAL_TOKENS), limit_alphabet=600, show_progress=False))
+    return checkpoint.wordpiece_tokenizer(tokenizer.get_vocab())
+
+
+def frequencies(tokens: np.ndarray, vocab_size: int) -> torch.Tensor:
+    """(V,), of every token with one occurrence added."""
+    counts = np.bincount(tokens, minlength=vocab_size) + 1.0
+    return torch.from_numpy(counts / counts.sum()).float()
 
 
 def initialise(bert: Bert, tokens: np.ndarray):
@@ -42,11 +54,11 @@ def initialise(bert: Bert, tokens: np.ndarray):
     mutual information of tokens at most WINDOW apart (Levy and Goldberg, 2014). Position embeddings: sinusoids (Vaswani
     et al., 2017), so that looking one token back is the same rotation everywhere."""
     v, d, positions = bert.config.vocab_size, bert.config.hidden_size, bert.config.max_position_embeddings
-    counts, pairs = np.bincount(tokens, minlength=v) + 1.0, np.zeros(v * v, np.float32)
+    pairs = np.zeros(v * v, np.float32)
     for part in np.array_split(tokens.astype(np.int64), max(1, len(tokens) >> 22)):
         for distance in range(1, WINDOW + 1):
             pairs += np.bincount(part[:-distance] * v + part[distance:], minlength=v * v)
-    frequency = torch.from_numpy(counts / counts.sum()).float()
+    frequency = frequencies(tokens, v)
     pairs = torch.from_numpy(pairs).view(v, v)
     pairs = pairs + pairs.T
     information = (pairs / pairs.sum() / frequency[:, None] / frequency).clamp_(min=1.0).log_()  # (V,V)
@@ -58,23 +70,48 @@ def initialise(bert: Bert, tokens: np.ndarray):
     bert.bert.embeddings.position_embeddings.weight.data = torch.cat([angles.sin(), angles.cos()], 1) * 2**0.5 * STD
 
 
-@torch.autocast("cpu", torch.bfloat16)
-def masked_lm_loss(bert: Bert, batch) -> torch.Tensor:
-    return F.cross_entropy(bert(batch.input_ids, batch.positions).logits.float(), batch.labels)
+def small_bert(args: argparse.Namespace):
+    """A new BERT with its own vocabulary, its tokenizer, and the corpus as tokens."""
+    tokenizer = train_vocabulary(args.corpus)
+    tokens = tokenise(args.corpus, tokenizer, args.output / "cache", limit=args.corpus_tokens)
+    bert = Bert(BertConfig(tokenizer.get_vocab_size(), HIDDEN_SIZE, LAYERS, HEADS, 4 * HIDDEN_SIZE))
+    initialise(bert, tokens.train)
+    return bert, tokenizer, tokens
+
+
+def encoder_with_head(args: argparse.Namespace):
+    """The BERT --encoder with a masked-LM head that knows the frequencies, its tokenizer, and the corpus as tokens."""
+    folder = find_model(args.encoder)
+    bert = checkpoint.load_model(folder)
+    tokenizer = checkpoint.load_tokenizer(folder, bert.config.vocab_size)
+    tokens = tokenise(args.corpus, tokenizer, args.output / "cache", limit=args.corpus_tokens)
+    bert.cls = Bert(bert.config, pooler=False).cls
+    bert.cls["predictions"].bias.data = frequencies(tokens.train, bert.config.vocab_size).log()
+    return bert, tokenizer, tokens
+
+
+def masked_lm_loss(bert: Bert, batch, precision: str) -> torch.Tensor:
+    batch = batch.to(bert.cls["predictions"].bias.device)
+    with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        logits = bert(batch.input_ids, batch.positions).logits
+    return F.cross_entropy(logits.float(), batch.labels)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--encoder", help="folder or hub name of the BERT that gets a masked-LM head and is trained; "
+                        "default: a new, small BERT with its own vocabulary")
     parser.add_argument("--corpus", nargs="+", default=["demo"], help="training text, as for distill.py")
+    parser.add_argument("--corpus-tokens", type=float, default=math.inf, help="as for distill.py")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak learning rate (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=60, help="training time (default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="folder for the teacher and the token cache")
-    parser.add_argument("--minutes", type=float, default=60, help="training time")
     args = parser.parse_args()
     torch.manual_seed(0)
-    tokenizer = train_vocabulary(args.corpus)
-    tokens = tokenise(args.corpus, tokenizer, args.output / "cache")
-    bert = Bert(BertConfig(tokenizer.get_vocab_size(), HIDDEN_SIZE, LAYERS, HEADS, 4 * HIDDEN_SIZE))
-    initialise(bert, tokens.train)
-    bert.set_dropout(0)  # one pass over the text or less, so there is nothing to overfit
+    device = find_device("auto")
+    precision = resolve_precision("auto", device)
+    bert, tokenizer, tokens = encoder_with_head(args) if args.encoder else small_bert(args)
+    bert.to(device).set_dropout(0)  # one pass over the text or less, so there is nothing to overfit
     groups = [{"params": [p for p in bert.parameters() if p.dim() == dim], "weight_decay": decay}
               for dim, decay in ((2, 0.01), (1, 0.0))]  # the pooler gets no gradient and keeps its initial weights
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)
@@ -82,11 +119,11 @@ def main():
     start, step, elapsed = time.time(), 0, 0.0  # elapsed: fraction of the time
     while elapsed < 1:
         rows = phases[elapsed > 0.9]
-        loss = masked_lm_loss(bert, rows.training_batch(0, step, TOKENS_PER_STEP // rows.seq_length))
+        loss = masked_lm_loss(bert, rows.training_batch(0, step, TOKENS_PER_STEP // rows.seq_length), precision)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(bert.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = PEAK_LEARNING_RATE * min(elapsed / 0.04, (1 - elapsed) / 0.96)
+            group["lr"] = args.learning_rate * min(elapsed / 0.04, (1 - elapsed) / 0.96)
         optimizer.step()
         optimizer.zero_grad()
         step, elapsed = step + 1, (time.time() - start) / (60 * args.minutes)
@@ -94,13 +131,13 @@ def main():
             print(f"step {step}, {elapsed:.0%} of the time, training loss {loss.item():.3f}", flush=True)
     heldout = MaskedRows(tokens.heldout, 128, tokenizer)
     with torch.no_grad():
-        loss = masked_lm_loss(bert, heldout.batch(np.arange(min(256, len(heldout))), seed=0, step=0))
-    print(f"step {step}, held-out loss {loss.item():.3f}")
-    save_config(bert.config, args.output, "BertForMaskedLM")
-    save_tokenizer(tokenizer, args.output, bert.config.max_position_embeddings)
-    weights = {name: tensor.half() for name, tensor in bert.state_dict().items()}  # half precision is smaller
+        loss = masked_lm_loss(bert, heldout.batch(np.arange(min(256, len(heldout))), seed=0, step=0), precision)
+    print(f"{step} steps of {TOKENS_PER_STEP} tokens on {device} in {precision}, held-out loss {loss.item():.3f}")
+    checkpoint.save_config(bert.config, args.output, "BertForMaskedLM")
+    checkpoint.save_tokenizer(tokenizer, args.output, bert.config.max_position_embeddings)
+    weights = {name: tensor.half().cpu() for name, tensor in bert.state_dict().items()}  # half precision is smaller
     save_file(weights, args.output / "model.safetensors", metadata={"format": "pt"})
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("train_teacher.py", main, resume_hint="start again", memory_hint="use a smaller encoder"))

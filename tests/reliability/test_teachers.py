@@ -4,12 +4,13 @@ import itertools
 import sys
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
 
 from data import MaskedRows
-from support.checkpoint import SPECIAL_TOKENS, load_model, load_tokenizer
+from support.checkpoint import SPECIAL_TOKENS, load_model, load_tokenizer, save_model, save_tokenizer
 from support.corpus import demo_documents
 
 TEACHERS = ROOT / "teachers"
@@ -43,23 +44,51 @@ def test_the_bundled_teacher_loads_in_transformers():
     assert tokenizer(text)["input_ids"] == ours
 
 
-def test_the_script_trains_a_teacher_on_a_text(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    """Runs train_teacher.py for a moment, with a text of 120 documents; further flags are arguments."""
     monkeypatch.syspath_prepend(str(TEACHERS))
     import train_teacher
 
-    for name, value in (("VOCAB_SIZE", 200), ("HIDDEN_SIZE", 16), ("LAYERS", 1), ("HEADS", 2)):
+    for name, value in (("VOCAB_SIZE", 200), ("HIDDEN_SIZE", 16), ("LAYERS", 1), ("HEADS", 2),
+                        ("TOKENS_PER_STEP", 512)):
         monkeypatch.setattr(train_teacher, name, value)
     generator = np.random.default_rng(0)
     words = [f"w{i:03d}" for i in range(300)]
     documents = [" ".join(words[i] for i in generator.integers(0, 300, 300)) for _ in range(120)]
     (tmp_path / "text.txt").write_text("\n\n".join(documents))
-    monkeypatch.setattr(sys, "argv", ["train_teacher.py", "--corpus", str(tmp_path / "text.txt"), "--minutes", "0.005",
-                                      "--output", str(tmp_path / "teacher")])
-    train_teacher.main()
-    bert = load_model(tmp_path / "teacher")
-    tokenizer = load_tokenizer(tmp_path / "teacher", bert.config.vocab_size)
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["train_teacher.py", "--corpus", str(tmp_path / "text.txt"), "--minutes",
+                                          "0.005", "--output", str(tmp_path / "teacher"), *flags])
+        train_teacher.main()
+        bert = load_model(tmp_path / "teacher")
+        return bert, load_tokenizer(tmp_path / "teacher", bert.config.vocab_size)
+
+    return run
+
+
+def test_the_script_trains_a_teacher_on_a_text(train, tmp_path, capsys):
+    bert, tokenizer = train()
     assert [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS] == [0, 1, 2, 3, 4]
     assert bert.config.hidden_size == 16 and tokenizer.get_vocab_size() == bert.config.vocab_size <= 200
     loss = float(capsys.readouterr().out.split("held-out loss ")[1])
     assert 0 < loss < np.log(bert.config.vocab_size) + 0.5
     assert (tmp_path / "teacher" / "vocab.txt").read_text().startswith("[PAD]\n[UNK]\n")
+
+
+def test_the_script_puts_a_masked_lm_head_onto_an_encoder(train, tmp_path):
+    small = load_model(TEACHERS / "small")
+    small.cls = None
+    (tmp_path / "encoder").mkdir()
+    save_model(small, tmp_path / "encoder")
+    save_tokenizer(load_tokenizer(TEACHERS / "small", small.config.vocab_size), tmp_path / "encoder", 512)
+    bert, tokenizer = train("--encoder", str(tmp_path / "encoder"), "--learning-rate", "0")
+    for name, tensor in small.bert.state_dict().items():  # the bundled teacher is stored in half precision
+        assert torch.equal(bert.bert.state_dict()[name], tensor), name
+    head = bert.cls["predictions"]
+    assert tokenizer.decode([head.bias.argmax().item()]).strip("#").startswith("w")  # of w000, w001, ...
+    assert head.bias.exp().sum().item() == pytest.approx(1, abs=0.01)
+    trained, _ = train("--encoder", str(tmp_path / "encoder"), "--minutes", "0.05")
+    after, before = (model.bert.layers[0].intermediate["dense"].weight for model in (trained, small))
+    assert not torch.equal(after, before)
