@@ -10,7 +10,6 @@ import experiment
 
 ARMS = {
     "iterative, t_f = 0.3 T": {"prune_end": 0.3},
-    "iterative, t_f = 0.5 T": {"prune_end": 0.5},
     "iterative, t_f = 0.7 T": {},
     "iterative, t_f = 0.9 T": {"prune_end": 0.9},
     "linear, t_f = 0.7 T": {"prune_power": 1},
@@ -27,7 +26,7 @@ DRAWN = {  # arm -> label, and where it stands
 
 
 def measure(args) -> dict:
-    return {"rows": experiment.compare(ARMS, args.seeds)}
+    return {"rows": experiment.compare(ARMS, args.seeds, **experiment.MILLION, corpus=args.corpus)}
 
 
 def draw(result: dict):
@@ -46,4 +45,4 @@ def draw(result: dict):
 
 
 if __name__ == "__main__":
-    experiment.main("schedules", __doc__, measure, draw)
+    experiment.main("schedules", __doc__, measure, draw, corpus="text to train on")
