@@ -23,7 +23,8 @@ def draw(result: dict):
     seeds = len({row["seed"] for row in result["rows"]})
     figure, axes = experiment.panels(
         "Without the masked-LM loss the student is closer to its teacher, but a worse language model",
-        f"{experiment.MILLION_TEXT}; end of training, mean and standard deviation over {seeds} seeds", 2, 3.6, sharey=True)
+        f"{experiment.MILLION_TEXT}; end of training, mean and standard deviation over {seeds} seeds", 2, 4,
+        sharey=True)
     for axis, key in zip(axes, ("kl", "masked_lm_loss"), strict=True):
         experiment.plot_dots(axis, result["rows"], lambda row, key=key: row[key][-1], experiment.LABELS[key])
     axes[0].set_xlim(left=0)
