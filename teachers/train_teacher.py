@@ -1,6 +1,6 @@
 """Train a teacher by masked-LM on open text: the bundled small BERT, or an encoder on which a masked-LM head is put.
 
-    python teachers/train_teacher.py --corpus wiki.txt.gz books.txt.gz demo --output teachers/small --minutes 60
+    python teachers/train_teacher.py --corpus wiki.txt.gz books.txt.gz demo --output my-teacher --minutes 60
     python teachers/train_teacher.py --encoder sentence-transformers/all-MiniLM-L6-v2 --learning-rate 5e-4 \\
         --corpus hub:wikimedia/wikipedia:20231101.en --corpus-tokens 50_000_000 --output minilm-lm --minutes 120
 
@@ -30,7 +30,7 @@ from support.errors import run_program  # noqa: E402
 from support.hub import find_model  # noqa: E402
 
 VOCAB_SIZE, HIDDEN_SIZE, LAYERS, HEADS = 8192, 256, 4, 8
-TOKENS_PER_STEP, MASKED_FRACTION = 32 * 128, 0.3  # twice BERT's fraction, as text is short
+TOKENS_PER_STEP, MASKED_FRACTION = 32 * 128, 0.3  # twice BERT's fraction, because there is little text
 WINDOW, STD = 5, 0.04  # tokens of a co-occurrence; standard deviation of the initial embeddings
 
 
@@ -80,13 +80,14 @@ def small_bert(args: argparse.Namespace):
 
 
 def encoder_with_head(args: argparse.Namespace):
-    """The BERT --encoder with a masked-LM head that knows the frequencies, its tokenizer, and the corpus as tokens."""
+    """The BERT --encoder, with a new masked-LM head if it has none, its tokenizer, and the corpus as tokens."""
     folder = find_model(args.encoder)
     bert = checkpoint.load_model(folder)
     tokenizer = checkpoint.load_tokenizer(folder, bert.config.vocab_size)
     tokens = tokenise(args.corpus, tokenizer, args.output / "cache", limit=args.corpus_tokens)
-    bert.cls = Bert(bert.config, pooler=False).cls
-    bert.cls["predictions"].bias.data = frequencies(tokens.train, bert.config.vocab_size).log()
+    if bert.cls is None:
+        bert.cls = Bert(bert.config, pooler=False).cls
+        bert.cls["predictions"].bias.data = frequencies(tokens.train, bert.config.vocab_size).log()
     return bert, tokenizer, tokens
 
 
@@ -99,7 +100,7 @@ def masked_lm_loss(bert: Bert, batch, precision: str) -> torch.Tensor:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--encoder", help="folder or hub name of the BERT that gets a masked-LM head and is trained; "
+    parser.add_argument("--encoder", help="folder or hub name of the BERT to train, which gets a masked-LM head; "
                         "default: a new, small BERT with its own vocabulary")
     parser.add_argument("--corpus", nargs="+", default=["demo"], help="training text, as for distill.py")
     parser.add_argument("--corpus-tokens", type=float, default=math.inf, help="as for distill.py")
@@ -111,11 +112,12 @@ def main():
     device = find_device("auto")
     precision = resolve_precision("auto", device)
     bert, tokenizer, tokens = encoder_with_head(args) if args.encoder else small_bert(args)
-    bert.to(device).set_dropout(0)  # one pass over the text or less, so there is nothing to overfit
+    bert.to(device).set_dropout(0)  # the text is seen about once, so there is nothing to overfit
     groups = [{"params": [p for p in bert.parameters() if p.dim() == dim], "weight_decay": decay}
               for dim, decay in ((2, 0.01), (1, 0.0))]  # the pooler gets no gradient and keeps its initial weights
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)
-    phases = [MaskedRows(tokens.train, length, tokenizer, MASKED_FRACTION) for length in (128, 512)]
+    lengths = 128, min(512, bert.config.max_position_embeddings)
+    phases = [MaskedRows(tokens.train, length, tokenizer, MASKED_FRACTION) for length in lengths]
     start, step, elapsed = time.time(), 0, 0.0  # elapsed: fraction of the time
     while elapsed < 1:
         rows = phases[elapsed > 0.9]
