@@ -24,7 +24,7 @@ from support.squad import read_squad
 
 SEARCH = {"steps": 150, "batch_size": 16}
 HALF, HALF_RATES = {"steps": 2500, "batch_size": 32}, (6e-4, 1.2e-3, 2.4e-3)
-LAYERS, LAYER_RATES = {"steps": 2000, "batch_size": 32}, (1e-4, 3e-4, 1e-3)  # takes the time of HALF
+LAYERS, LAYER_RATES = {"steps": 2000, "batch_size": 32}, (1e-4, 3e-4, 1e-3)  # about the time of HALF
 PARAGRAPHS = 2000
 
 

@@ -27,6 +27,7 @@ from support import checkpoint  # noqa: E402
 from support.corpus import corpus_files, numbered_pieces, tokenise  # noqa: E402
 from support.distributed import find_device, resolve_precision  # noqa: E402
 from support.errors import run_program  # noqa: E402
+from support.flags import COUNT, NONNEGATIVE, number  # noqa: E402
 from support.hub import find_model  # noqa: E402
 
 VOCAB_SIZE, HIDDEN_SIZE, LAYERS, HEADS = 8192, 256, 4, 8
@@ -100,12 +101,13 @@ def masked_lm_loss(bert: Bert, batch, precision: str) -> torch.Tensor:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--encoder", help="folder or hub name of the BERT to train, which gets a masked-LM head; "
-                        "default: a new, small BERT with its own vocabulary")
+    parser.add_argument("--encoder", help="folder or hub name of a BERT to train further, with a new masked-LM head "
+                        "if it has none (default: a new, small BERT with its own vocabulary)")
     parser.add_argument("--corpus", nargs="+", default=["demo"], help="training text, as for distill.py")
-    parser.add_argument("--corpus-tokens", type=float, default=math.inf, help="as for distill.py")
-    parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak learning rate (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, default=60, help="training time (default: %(default)s)")
+    parser.add_argument("--corpus-tokens", type=COUNT, default=math.inf, help="as for distill.py")
+    parser.add_argument("--learning-rate", type=NONNEGATIVE, default=2e-3, help="its peak (default: %(default)s)")
+    parser.add_argument("--minutes", type=number(float, 1e-3, 1e6), default=60,
+                        help="training time (default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="folder for the teacher and the token cache")
     args = parser.parse_args()
     torch.manual_seed(0)
