@@ -35,9 +35,6 @@ from support.run_folder import program_commit  # noqa: E402
 # 8 x 128 tokens. That is 0.2 million tokens, about a minute on one core.
 BASE = {"steps": 200, "batch-size": 8, "eval-every": 25}
 BUDGET = "bundled teacher 256 → 128, 200 steps of 8 x 128 tokens"
-MILLION = {"teacher": ROOT / "teachers" / "small", "learning_rate": 2e-3, "steps": 1000, "eval_every": 100,
-           "eval_rows": 256}
-MILLION_TEXT = "bundled teacher 256 → 128, 1,000 steps of 8 x 128 tokens of Wikipedia"
 SINGLE = {"prune_start": 1 / 30, "prune_end": 1 / 30}  # everything is pruned at once
 TASKS = ["cola", "sst2", "mrpc", "stsb", "rte"]
 
@@ -85,9 +82,9 @@ def curve(folder: Path) -> dict[str, list[float]]:
                if key in evaluations[0]}}
 
 
-def compare(arms: dict[str, dict], seeds: list[int], **common) -> list[dict]:
-    """Every arm (name -> flags) with every seed, and flags in common: rows of `arm`, `seed` and the curve."""
-    folders = {(arm, seed): distil(**common | flags, seed=seed) for seed in seeds for arm, flags in arms.items()}
+def compare(arms: dict[str, dict], seeds: list[int]) -> list[dict]:
+    """Every arm (name -> flags) with every seed: rows of `arm`, `seed` and the curve."""
+    folders = {(arm, seed): distil(**flags, seed=seed) for seed in seeds for arm, flags in arms.items()}
     return [{"arm": arm, "seed": seed, **curve(folders[arm, seed])} for arm in arms for seed in seeds]
 
 
