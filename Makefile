@@ -9,7 +9,7 @@ distill: .venv/run
 	.venv/bin/python distill.py --overwrite
 
 test: .venv/dev
-	.venv/bin/pytest tests/ --reliability --numprocesses logical --dist worksteal
+	.venv/bin/pytest tests/ --reliability
 
 test-faults: .venv/dev
 	.venv/bin/python tests/reliability/faults.py

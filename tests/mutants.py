@@ -307,8 +307,8 @@ def run_test(copy: Path, test: str, expression: str) -> int:
         import pytest
 
         folder = "tests/reliability" if Path(f"tests/reliability/test_{test}.py").exists() else "tests"
-        os._exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--assert=plain", "--reliability",
-                              f"{folder}/test_{test}.py", "-k", expression]))
+        os._exit(pytest.main(["-q", "-x", "--numprocesses=0", "-p", "no:cacheprovider", "--assert=plain",
+                              "--reliability", f"{folder}/test_{test}.py", "-k", expression]))
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
