@@ -1,21 +1,20 @@
-"""Pruning criteria: sensitivity, magnitude or chance, at half and a quarter of the teacher's width."""
+"""Pruning criteria: sensitivity, PLATON, magnitude or chance, at half and a quarter of the teacher's width."""
 
 import experiment
 
-CRITERIA, WIDTHS = ("sensitivity", "magnitude", "random"), (128, 64)
+CRITERIA, WIDTHS = ("sensitivity", "platon", "magnitude", "random"), (128, 64)
 ARMS = {f"{criterion}, {width}": ({} if criterion == "sensitivity" else {"importance": criterion})
         | ({} if width == 128 else {"target_width": width}) for width in WIDTHS for criterion in CRITERIA}
 
 
 def measure(args) -> dict:
-    return {"rows": experiment.compare(ARMS, args.seeds)}
+    return {"rows": experiment.compare(ARMS, args.seeds, corpus=args.corpus)}
 
 
 def draw(result: dict):
-    seeds = len({row["seed"] for row in result["rows"]})
     figure, axes = experiment.panels(
         "Sensitivity keeps better units than magnitude, and magnitude better ones than chance",
-        f"bundled teacher, 200 steps of 8 x 128 tokens; mean and range of {seeds} seeds", 2, 4)
+        f"{experiment.BUDGET}; {experiment.over_seeds(result['rows'], 'range')}", 2, 4)
     for axis, width in zip(axes, WIDTHS, strict=True):
         rows = [row | {"arm": row["arm"].split(",")[0]} for row in result["rows"] if row["arm"].endswith(f", {width}")]
         experiment.plot_curves(axis, rows)
@@ -26,4 +25,4 @@ def draw(result: dict):
 
 
 if __name__ == "__main__":
-    experiment.main("importance", __doc__, measure, draw)
+    experiment.main("importance", __doc__, measure, draw, corpus="text to train on")

@@ -1,4 +1,4 @@
-"""Which losses matter: all of them, without one of them, and one alone."""
+"""Which losses matter: all of them, without one of them, one alone, and the KL divergence with a larger weight."""
 
 import experiment
 
@@ -7,21 +7,23 @@ ARMS = {
     "without hidden": {"alpha_hidn": 0},
     "without embedding": {"alpha_emb": 0},
     "without attention": {"alpha_attn": 0},
+    "without KL": {"alpha_pred": 0},
     "without masked-LM": {"alpha_mlm": 0},
+    "KL with weight 5": {"alpha_pred": 5},
     "KL alone": {"alpha_mlm": 0, "alpha_hidn": 0, "alpha_emb": 0, "alpha_attn": 0},
     "masked-LM alone": {"alpha_pred": 0, "alpha_hidn": 0, "alpha_emb": 0, "alpha_attn": 0},
 }
 
 
 def measure(args) -> dict:
-    return {"rows": experiment.compare(ARMS, args.seeds)}
+    return {"rows": experiment.compare(ARMS, args.seeds, corpus=args.corpus)}
 
 
 def draw(result: dict):
-    seeds = len({row["seed"] for row in result["rows"]})
     figure, axes = experiment.panels(
         "Without the masked-LM loss the student is closer to its teacher, but a worse language model",
-        f"{experiment.BUDGET}; end of training, mean and standard deviation over {seeds} seeds", 2, 3.6, sharey=True)
+        f"256 → 128, {experiment.BUDGET}; {experiment.over_seeds(result['rows'], 'standard deviation')}", 2, 4,
+        sharey=True)
     for axis, key in zip(axes, ("kl", "masked_lm_loss"), strict=True):
         experiment.plot_dots(axis, result["rows"], lambda row, key=key: row[key][-1], experiment.LABELS[key])
     axes[0].set_xlim(left=0)
@@ -29,4 +31,4 @@ def draw(result: dict):
 
 
 if __name__ == "__main__":
-    experiment.main("losses", __doc__, measure, draw)
+    experiment.main("losses", __doc__, measure, draw, corpus="text to train on")

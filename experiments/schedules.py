@@ -8,7 +8,6 @@ import statistics
 
 import experiment
 
-BUDGET = {"steps": 1000, "learning_rate": 2e-3, "eval_every": 100, "eval_rows": 256}
 ARMS = {
     "iterative, t_f = 0.3 T": {"prune_end": 0.3},
     "iterative, t_f = 0.7 T": {},
@@ -27,17 +26,14 @@ DRAWN = {  # arm -> label, and where it stands
 
 
 def measure(args) -> dict:
-    given = BUDGET | {"teacher": experiment.ROOT / "teachers" / "small", "corpus": args.corpus}
-    return {"budget": BUDGET, "rows": experiment.compare({arm: given | own for arm, own in ARMS.items()}, args.seeds)}
+    return {"rows": experiment.compare(ARMS, args.seeds, corpus=args.corpus)}
 
 
 def draw(result: dict):
     rows = experiment.rows_of(result["rows"])
-    seeds = len(rows["random weights"])
     figure, axis = experiment.panels(
         "Pruned gradually, the student is closer to its teacher at first, but not at the end",
-        f"bundled teacher 256 → 128, 1,000 steps of 8 x 128 tokens of Wikipedia; mean and range of {seeds} seeds",
-        1, 4.8)
+        f"256 → 128, {experiment.BUDGET}; {experiment.over_seeds(result['rows'], 'range')}", 1, 4.8)
     experiment.plot_curves(axis, [row for arm in DRAWN for row in rows[arm]], label_ends=False)
     for arm, (text, where) in DRAWN.items():
         axis.text(*where, text, color=experiment.COLOURS.get(arm, experiment.GREY), va="center")

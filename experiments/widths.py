@@ -17,6 +17,7 @@ import transformers
 from support.checkpoint import load_model
 
 WIDTHS = (192, 128, 88, 64)
+BUDGET = {"steps": 200, "eval_every": 25, "eval_rows": 1024}
 STEPS = 150  # of fine-tuning
 REPEATS = 9
 LIBRARIES = ("transformers", "onnxruntime")
@@ -50,8 +51,7 @@ def milliseconds_per_row(models: dict[str, Path]) -> dict[str, dict[str, float]]
 
 def measure(args) -> dict:
     teacher = experiment.ROOT / "teachers" / "small"
-    runs = {str(width): experiment.distil(seed=0, **({} if width == 128 else {"target_width": width}))
-            for width in WIDTHS}
+    runs = {str(width): experiment.distil(seed=0, target_width=width, **BUDGET) for width in WIDTHS}
     models = {"256, teacher": teacher} | {width: run / "student" for width, run in runs.items()}
     scores = experiment.rows_of(experiment.finetuned(models, args.data, ["sst2"], args.seeds, STEPS))
     times = milliseconds_per_row(models)

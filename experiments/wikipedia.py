@@ -1,24 +1,24 @@
 """Our presets with a larger teacher and real text, beside the paper's settings and a single prune."""
 
 import experiment
-import recipe
 
 BUDGET = {"steps": 600, "batch_size": 16, "learning_rate": 4e-4, "eval_every": 60, "eval_rows": 256,
           "precision": "bf16"}
-ARMS = recipe.ARMS | {"preset compensated": {"preset": "compensated"}}
+ARMS = {"paper's settings": {}, "single prune at T/30": experiment.SINGLE,
+        **{f"preset {preset}": {"preset": preset} for preset in ("imitation", "compensated")}}
 
 
 def measure(args) -> dict:
-    given = BUDGET | {"teacher": args.teacher, "corpus": args.corpus}
-    return {"budget": BUDGET, "rows": experiment.compare({arm: own | given for arm, own in ARMS.items()}, args.seeds)}
+    rows = experiment.compare(ARMS, args.seeds, **BUDGET, teacher=args.teacher, corpus=args.corpus)
+    return {"budget": BUDGET, "rows": rows}
 
 
 def draw(result: dict):
-    rows, seeds = result["rows"], len({row["seed"] for row in result["rows"]})
+    rows = result["rows"]
     figure, axes = experiment.panels(
         "With a larger teacher, too, our presets end closer to it, and as better language models",
         f"6 x 384 → 192, {result['budget']['steps']} steps of {result['budget']['batch_size']} x 128 tokens of "
-        f"Wikipedia, bf16; mean and range of {seeds} seeds", 2, 4.2)
+        f"Wikipedia, bf16; {experiment.over_seeds(rows, 'range')}", 2, 4.2)
     for axis, key in zip(axes, ("kl", "masked_lm_loss"), strict=True):
         experiment.plot_curves(axis, rows, "tokens", key)
     axes[0].set_ylim(bottom=0)

@@ -118,13 +118,13 @@ def logged(tmp_path, monkeypatch):
 
 
 def test_equal_flags_share_one_run_and_its_curve_is_that_of_its_log(logged):
-    rows = experiment.compare({"plain": {}, "random": {"init": "random"}, "again": {}}, [0, 1])
+    rows = experiment.compare({"plain": {}, "random": {"init": "random"}, "again": {}}, [0, 1], corpus="text.txt")
     assert [(row["arm"], row["seed"]) for row in rows] == list(itertools.product(("plain", "random", "again"), (0, 1)))
     assert len(logged) == len({tuple(command) for command in logged}) == 4
-    assert "--seed=1" in logged[2] and "--steps=200" in logged[2]
+    assert "--seed=1" in logged[2] and {"--steps=1000", "--corpus=text.txt"} < set(logged[2])
     assert rows[0]["step"] == [0, 5, 10] and rows[0]["tokens"] == [0, 500, 1000] and rows[0]["kl"] == [0.0, 0.5, 1.0]
     assert rows[0]["seconds"] == [0, 10, 15]
-    experiment.compare({"plain": {}}, [0])
+    experiment.compare({"plain": {}}, [0], corpus="text.txt")
     assert len(logged) == 4
 
 
@@ -278,12 +278,10 @@ def test_a_picture_stands_in_the_documentation_and_is_at_most_1000_pixels_wide(n
 def test_every_arm_of_an_experiment_has_valid_flags():
     from distill import parse_arguments
 
-    recipe, wikipedia, downstream, importance, losses = map(
-        importlib.import_module, ("recipe", "wikipedia", "downstream", "importance", "losses"))
-    budgets = [*recipe.BUDGETS.values(), wikipedia.BUDGET]
-    arms = [*(recipe.PARTS | recipe.TIMES).values(), *downstream.ARMS.values(), *importance.ARMS.values(),
-            *losses.ARMS.values()]
-    for flags in [*budgets, *arms]:
+    wikipedia, downstream, importance, losses = map(
+        importlib.import_module, ("wikipedia", "downstream", "importance", "losses"))
+    arms = [wikipedia.BUDGET, *downstream.ARMS.values(), *importance.ARMS.values(), *losses.ARMS.values()]
+    for flags in arms:
         words = []
         for name, value in flags.items():
             words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
