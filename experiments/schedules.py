@@ -20,7 +20,7 @@ ARMS = {
 DRAWN = {  # arm -> label, and where it stands
     "iterative, t_f = 0.7 T": ("iterative pruning\n(steps 0 to 700)", (210, 0.26)),
     "single prune at T/30": ("single\nprune\n(step 33)", (5, 0.93)),
-    "truncated teacher": ("truncated teacher", (75, 1.5)),
+    "truncated teacher": ("truncated teacher\n(its first units)", (92, 1.55)),
     "random weights": ("random weights", (480, 1.86)),
 }
 
