@@ -9,8 +9,8 @@ from pathlib import Path
 
 from support.errors import InputError, one_line
 
-MODEL_FILES = ("config.json", "vocab.txt", "tokenizer.json", "modules.json", "config_sentence_transformers.json",
-               "sentence_bert_config.json")
+MODEL_FILES = ("config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+               "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")
 
 
 def read_json(path: Path) -> dict:
@@ -67,7 +67,7 @@ def file_hash(path: Path) -> str:
 
 
 def model_fingerprint(folder: Path) -> str:
-    """A hash of everything that makes up a model: weights, shape, vocabulary, and the modules of a sentence encoder."""
+    """A hash of everything that makes up a model: weights, shape, tokenizer, and the modules of a sentence encoder."""
     paths = sorted([*folder.iterdir(), *folder.glob("[0-9]*_*/*")])
     parts = [f"{path.relative_to(folder)} {file_hash(path)}" for path in paths if path.suffix in
              (".safetensors", ".bin") or path.name in MODEL_FILES]
