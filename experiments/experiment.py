@@ -36,7 +36,6 @@ from support.run_folder import program_commit  # noqa: E402
 BASE = {"steps": 1000, "batch-size": 8, "eval-every": 100, "eval-rows": 256}
 BUDGET = "bundled teacher, 1,000 steps of 8 x 128 tokens of Wikipedia"
 SINGLE = {"prune_start": 1 / 30, "prune_end": 1 / 30}  # everything is pruned at once
-TASKS = ["cola", "sst2", "mrpc", "stsb", "rte"]
 
 # ---- Runs ----------------------------------------------------------------------------------------------------
 
@@ -88,19 +87,6 @@ def compare(arms: dict[str, dict], seeds: list[int], **common) -> list[dict]:
     return [{"arm": arm, "seed": seed, **curve(folders[arm, seed])} for arm in arms for seed in seeds]
 
 
-def finetuned(models: dict[str, Path], data: str, tasks: list[str], seeds: list[int], steps: int) -> list[dict]:
-    """Fine-tune every model (arm -> folder): rows of `arm`, `task`, `seed` and the task's first metric on dev, in
-    percent."""
-    output = RUNS / f"finetuned-{steps}"
-    program("finetune.py", "--model", *models.values(), "--task", *tasks, "--data", data, "--seeds", *seeds,
-            "--max-steps", steps, "--learning-rate", 2e-4, "--precision", "bf16", "--output", output)
-    results = [json.loads(path.read_text()) for path in output.glob("*/[!.]*/result.json")]
-    scores = {(result["model"], result["task"], result["seed"]): next(iter(result["metrics"].values()))
-              for result in results}
-    return [{"arm": arm, "task": task, "seed": seed, "score": scores[str(folder), task, seed]}
-            for arm, folder in models.items() for task in tasks for seed in seeds]
-
-
 def rows_of(rows: list[dict], key: str = "arm") -> dict[str, list[dict]]:
     """The rows by the value of a key, in the order in which the values first appear."""
     groups: dict[str, list[dict]] = {}
@@ -124,8 +110,8 @@ def mean_and_deviation(values: list[float]) -> tuple[float, float]:
 
 DPI = 160
 OURS, PAPER, OTHER, GREY = "#D55E00", "#0072B2", "#AA4499", "#707070"  # the same in all pictures, colour-blind-safe
-COLOURS = {"paper's settings": PAPER, "iterative, t_f = 0.7 T": PAPER, "sensitivity": PAPER, "all losses": PAPER,
-           "preset imitation": OURS, "preset compensated": OURS, "single prune at T/30": OTHER, "magnitude": OTHER}
+COLOURS = {"iterative, t_f = 0.7 T": PAPER, "sensitivity": PAPER, "all losses": PAPER, "platon": OURS,
+           "single prune at T/30": OTHER, "magnitude": OTHER}
 LABELS = {"kl": "KL to the teacher (nats)", "masked_lm_loss": "held-out masked-LM loss (nats)", "step": "step",
           "tokens": "tokens (millions)"}
 matplotlib.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
@@ -147,8 +133,7 @@ def plot_curves(axis, rows: list[dict], x: str = "step", y: str = "kl", label_en
         xs = np.mean([row[x] for row in group], axis=0) / (1e6 if x == "tokens" else 1)
         ys = np.array([row[y] for row in group])  # (seeds, evaluations)
         colour = COLOURS.get(arm, GREY)
-        axis.plot(xs, ys.mean(0), color=colour, linestyle="--" if arm == "preset compensated" else "-", marker="o",
-                  markersize=3)
+        axis.plot(xs, ys.mean(0), color=colour, marker="o", markersize=3)
         axis.fill_between(xs, ys.min(0), ys.max(0), color=colour, alpha=0.2, linewidth=0)
         ends[arm] = ys.mean(0)[-1]
     axis.set(xlabel=LABELS[x], ylabel=LABELS[y])

@@ -7,14 +7,17 @@ learning rates, with which the vectors of a short run agree best with the teache
 """
 
 import shutil
+import statistics
 import time
 from pathlib import Path
 
 import experiment
+import export_onnx
+import onnxruntime
 import torch
 import torch.nn.functional as F
+import transformers
 from sentences import Judge, pooled_teacher
-from widths import milliseconds_per_row
 
 from distill import learning_rate
 from model import Bert
@@ -26,6 +29,8 @@ SEARCH = {"steps": 150, "batch_size": 16}
 HALF, HALF_RATES = {"steps": 2500, "batch_size": 32}, (6e-4, 1.2e-3, 2.4e-3)
 LAYERS, LAYER_RATES = {"steps": 2000, "batch_size": 32}, (1e-4, 3e-4, 1e-3)  # about the time of HALF
 PARAGRAPHS = 2000
+REPEATS = 9
+LIBRARIES = ("transformers", "onnxruntime")
 
 
 def half_the_width(judge: Judge, args, rate: float, steps: int, batch_size: int) -> Path:
@@ -106,6 +111,32 @@ def best_rate(judge: Judge, student, args, rates) -> tuple[float, dict[float, fl
         own = judge.vectors(student(judge, args, rate, **SEARCH))["own"]
         agreements[rate] = sentence_agreement(own(judge.heldout), judge.expected)["sentence_spearman"]
     return max(agreements, key=agreements.get), agreements
+
+
+def milliseconds_per_row(models: dict[str, Path]) -> dict[str, dict[str, float]]:
+    """Model -> library -> milliseconds."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    inputs = export_onnx.example(8000, 16, 128)
+    tensors = dict(zip(export_onnx.INPUTS, inputs, strict=True)) | {"attention_mask": torch.ones_like(inputs[1])}
+    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    calls, times = {}, {}
+    for arm, folder in models.items():
+        path = experiment.RUNS / "student.onnx"
+        student = export_onnx.Student(folder)
+        student.bert.cls = None  # onnxruntime computes the logits even if nobody asks for them
+        export_onnx.export(student, path)
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        bert = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+        calls[arm, "transformers"] = lambda bert=bert: bert(**tensors)
+        calls[arm, "onnxruntime"] = lambda session=session: session.run(["last_hidden_state"], arrays)
+    with torch.no_grad():
+        for _ in range(REPEATS + 1):
+            for key, call in calls.items():
+                start = time.perf_counter()
+                call()
+                times.setdefault(key, []).append((time.perf_counter() - start) * 1000 / 16)
+    return {arm: {library: statistics.median(times[arm, library][1:]) for library in LIBRARIES} for arm in models}
 
 
 def measure(args) -> dict:
