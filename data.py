@@ -41,7 +41,7 @@ class Batch:
     positions: torch.Tensor  # (M,) int64
     labels: torch.Tensor  # (M,) int64, the original tokens at `positions`
 
-    def to(self, device: torch.device) -> "Batch":
+    def to(self, device: torch.device | str) -> "Batch":
         pin = torch.device(device).type == "cuda"  # only copies from pinned memory do not wait
         return Batch(*((t.pin_memory() if pin else t).to(device, non_blocking=True) for t in vars(self).values()))
 
@@ -79,10 +79,10 @@ class MaskedRows:
         ids = np.empty((b, s), np.int64)
         ids[:, 0], ids[:, 1:-1], ids[:, -1] = self.cls, self.text[indices], self.sep
 
-        blocks_per_row = -(-(s + 2 * m) // 4)  # Philox counts in blocks of four numbers, so that we can jump to `first`
+        blocks_per_row = -(-(s + 2 * m) // 4)  # Philox can jump to `first`, in blocks of four numbers
         generator = np.random.Philox(key=[seed, step]).advance(first * blocks_per_row)
         uniform = np.random.Generator(generator).random((b, 4 * blocks_per_row))
-        uniform = uniform[:, 1 : s - 1 + 2 * m]  # (B,S-2+2m)
+        uniform = uniform[:, 1 : s - 1 + 2 * m]  # (B,S-2+2m); the first number of a row is not used
         chosen, action, word = np.split(uniform, [s - 2, s - 2 + m], axis=1)  # (B,S-2), (B,m), (B,m)
 
         columns = 1 + np.sort(np.argpartition(chosen, m - 1, axis=1)[:, :m], axis=1)  # (B,m), never [CLS] or [SEP]
@@ -105,8 +105,8 @@ class UnmaskedRows(MaskedRows):
         """Every row of the batch, cut into 1, 2, 4, ... rows of at least SHORTEST tokens. The number is drawn once a
         step, so that nothing is padded."""
         batch = super().training_batch(seed, step, batch_size, first, last)
-        halvings = max(1, self.seq_length // SHORTEST).bit_length()
-        parts = 2 ** np.random.default_rng([seed, step]).integers(halvings)
+        choices = max(1, self.seq_length // SHORTEST).bit_length()
+        parts = 2 ** np.random.default_rng([seed, step]).integers(choices)
         length = self.seq_length // parts - 2
         return self.unmasked(batch.input_ids[:, 1 : 1 + parts * length].reshape(-1, length).numpy())
 
@@ -114,7 +114,8 @@ class UnmaskedRows(MaskedRows):
         """Text (B,S-2) as rows with nothing to predict."""
         ids = np.pad(text.astype(np.int64), ((0, 0), (1, 1)))  # (B,S)
         ids[:, 0], ids[:, -1] = self.cls, self.sep
-        return Batch(torch.from_numpy(ids), *torch.empty(2, 0, dtype=torch.int64))
+        nothing = torch.empty(0, dtype=torch.int64)
+        return Batch(torch.from_numpy(ids), positions=nothing, labels=nothing)
 
 
 def load_rows(corpora: list[str], tokenizer: Tokenizer, cache_dir: Path, seq_length: int, columns=TEXT, limit=math.inf,

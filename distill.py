@@ -53,8 +53,8 @@ METHOD_FLAGS = (
          "teacher. demo: minutes on a CPU, no network."),
     Flag("--target-width", None, int, "Hidden size D of the student. Default: half of the teacher's."),
     Flag("--target-intermediate", None, int, "Feed-forward size F of the student. Default: in proportion to D."),
-    Flag("--target-heads", None, int, "Attention heads H of the student. Default: the most that divide D into heads no "
-         "wider than the teacher's."),
+    Flag("--target-heads", None, int, "Attention heads H of the student. Default: the most, up to the teacher's, that "
+         "divide D into heads no wider than the teacher's."),
     Flag("--steps", 28_000, COUNT, "Optimizer steps."),
     Flag("--batch-size", 4096, COUNT, "Rows per step, over all micro-batches and processes."),
     Flag("--learning-rate", 3e-4, NONNEGATIVE, "Peak learning rate. The paper uses 6e-4 for its smaller students."),
@@ -120,8 +120,8 @@ def ranking_loss(student: Output, labels):
 class Distiller(nn.Module):
     """The student and the projections W_hidn^k (one per layer k) and W_emb, which map its states to the teacher's.
 
-    All projections start as the identity, so that every distillation loss is exactly zero as long as the student is
-    the teacher. They are pruned with the hidden group and dropped at export.
+    All projections start as the identity, so that every distillation loss is exactly zero as long as the student,
+    without dropout, is the teacher. They are pruned with the hidden group and dropped at export.
     """
 
     def __init__(self, student: Bert, alphas: dict[str, float], temperature: float = 1.0, encoder=None):
@@ -136,10 +136,10 @@ class Distiller(nn.Module):
         self.alphas = {name: alpha for name, alpha in alphas.items() if alpha > 0}
         self.temperature, self.encoder = temperature, encoder  # encoder: a SentenceEncoder or None
 
-    def forward(self, batch: data.Batch, teacher: Output, ranking_only: bool = False) -> dict[str, torch.Tensor]:
+    def forward(self, batch: data.Batch, teacher: Output, ranking: bool = False) -> dict[str, torch.Tensor]:
         """All losses by name, and `loss`, their weighted sum L = L_MLM + a1 L_pred + a2 L_hidn + a3 L_emb + a4 L_attn
-        (HomoDistil, section 3.1). A loss of weight 0 is left out. With `ranking_only`, `ranking_loss` is added."""
-        alphas = self.alphas | {"ranking": 1.0} if ranking_only else self.alphas
+        (HomoDistil, section 3.1). A loss of weight 0 is left out. With `ranking`, `ranking_loss` is added."""
+        alphas = self.alphas | ({"ranking": 1.0} if ranking else {})
         student = self.student(batch.input_ids, batch.positions, want_scores="attn" in alphas)
         losses = {}
         if "mlm" in alphas or "pred" in alphas:
@@ -153,7 +153,7 @@ class Distiller(nn.Module):
             losses["emb"] = mean_mse([self.embedding_projection(student.embedding)], [teacher.embedding])
         if "attn" in alphas:
             losses["attn"] = mean_mse(student.scores, teacher.scores)
-        if ranking_only:
+        if ranking:
             losses["ranking"] = ranking_loss(student, batch.labels)
         losses = {name: losses[name] for name in alphas}
         return {"loss": sum(alphas[name] * loss for name, loss in losses.items())} | losses
@@ -179,8 +179,8 @@ class TrainingState:
     shape: prune.Shape  # of the student
     distiller: Distiller
     optimizer: torch.optim.AdamW
-    lineage: dict[str, torch.Tensor]  # group -> (units,), indices in the teacher
-    statistics: dict[str, dict[str, torch.Tensor]] = dataclasses.field(default_factory=dict)  # of the importance
+    lineage: dict[str, torch.Tensor]  # group -> (units,), indices at the start
+    statistics: dict[str, dict[str, torch.Tensor]] = dataclasses.field(default_factory=dict)  # name -> group or weight
     engine: nn.Module | None = None  # the distiller, wrapped for several processes
 
     def wrap(self):
@@ -235,7 +235,7 @@ def make_optimizer(distiller: Distiller, weight_decay: float) -> torch.optim.Ada
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     """Of step 0, 1, ...: linear from near zero to the peak over the fraction `warmup`, then linear to near zero."""
-    warmup_steps = warmup * steps
+    warmup_steps = round(warmup * steps)
     rising = (step + 1) / warmup_steps if warmup_steps else 1.0
     return peak * min(rising, (steps - step) / max(steps - warmup_steps, 1))
 
@@ -262,7 +262,7 @@ def distill(args: argparse.Namespace, session: Session, state: TrainingState):
     prune_start, prune_end = args.prune_start * args.steps, args.prune_end * args.steps
     start_shape = session.teacher_shape if args.init == "teacher" else session.target_shape
     while state.step < args.steps:
-        # 1. Losses and gradients, one micro-batch at a time. While the student equals the teacher, only L_MLM has a
+        # 1. Losses and gradients, one micro-batch at a time. In a student that equals the teacher only L_MLM has a
         #    gradient. If it is off, `ranking_loss` ranks the units until the first prune, and no step is taken.
         ranking_only = "mlm" not in distiller.alphas and state.shape == session.teacher_shape
         losses: dict[str, torch.Tensor] = {}

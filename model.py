@@ -66,14 +66,13 @@ class Sliceable(nn.Module):
     def slice_(self, axis: str, keep: torch.Tensor):
         """Keep the units `keep` (int64 indices) of `axis`, in that order, and free the others.
 
-        Each tensor becomes a new Parameter. The old one must not get new data, because autograd remembers its shape
-        while a graph that used it is alive, such as that of a loss kept by a caller or of DistributedDataParallel.
+        Each tensor becomes a new Parameter without a gradient. New data for the old one would break graphs that still
+        hold its shape, such as that of a loss kept by a caller or of DistributedDataParallel.
         """
         for name, dimension in self.axes[axis].items():
             old = getattr(self, name)
             if old is not None:
                 new = nn.Parameter(old.detach().index_select(dimension, keep), requires_grad=old.requires_grad)
-                new.grad = None if old.grad is None else old.grad.index_select(dimension, keep)
                 setattr(self, name, new)
 
 
@@ -155,7 +154,7 @@ class SelfAttention(nn.Module):
 
 
 class ResidualOutput(nn.Module):
-    """LayerNorm(x + W y + b): adds the output of attention or of the feed-forward block to the residual stream."""
+    """LayerNorm(residual + W x + b): adds what attention or the feed-forward block computed to the residual stream."""
 
     def __init__(self, in_size: int, config: BertConfig):
         super().__init__()
@@ -163,8 +162,8 @@ class ResidualOutput(nn.Module):
         self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.dropout = config.hidden_dropout_prob
 
-    def forward(self, y, x):
-        return self.LayerNorm(x + F.dropout(self.dense(y), self.dropout, self.training))
+    def forward(self, x, residual):
+        return self.LayerNorm(residual + F.dropout(self.dense(x), self.dropout, self.training))
 
 
 class Layer(nn.Module):

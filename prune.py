@@ -23,9 +23,9 @@ from torch import nn
 from model import Bert, BertConfig, Sliceable
 
 # ---- Which weights are pruned together -----------------------------------------------------------------------
-# The structure table: layer -> axis -> group. It drives the slicing of parameters, gradients, Adam moments and
-# importance scores. The decoder is tied to the word embeddings, so it is sliced with them; its bias (V) is never
-# pruned. The projections W_hidn and W_emb (distill.py) map to the teacher's hidden size, which does not change.
+# The structure table: layer -> axis -> group. It drives the slicing of parameters, Adam moments and importance scores.
+# The decoder is tied to the word embeddings, so it is sliced with them; its bias (V) is never pruned. The projections
+# W_hidn and W_emb (distill.py) map to the teacher's hidden size, which does not change.
 
 STRUCTURE = {
     "bert.embeddings.word_embeddings": {"width": "hidden"},
@@ -73,7 +73,7 @@ def tensor_axes(model: nn.Module) -> dict[str, dict[int, str]]:
 
 def teacher_indices(model: nn.Module) -> dict[str, torch.Tensor]:
     """The lineage of an unpruned model: group -> (units,) int64, each unit's index in the teacher. Every prune slices
-    it, so that it always says which of the teacher's units the student has kept."""
+    it, so that it says which of the teacher's units, after --align-heads of its aligned heads, the student has."""
     parameters = dict(model.named_parameters())
     return {group: torch.arange(parameters[name].shape[dimension], device=parameters[name].device)
             for name, dimensions in tensor_axes(model).items() for dimension, group in dimensions.items()}
@@ -126,7 +126,7 @@ def accumulate_importance(criterion: str, statistics: dict[str, dict[str, torch.
         for name, p in bert.named_parameters():
             if p.grad is not None:
                 sensitivity = (p * p.grad).abs_()
-                mean = average("mean", name, sensitivity.clone(), PLATON_DECAY)
+                mean = average("mean", name, sensitivity, PLATON_DECAY)
                 average("uncertainty", name, (sensitivity - mean).abs_(), PLATON_DECAY)
 
 
@@ -207,8 +207,8 @@ def topk_sorted(importance: torch.Tensor, count: int) -> torch.Tensor:
 def choose_units(importance: dict[str, torch.Tensor], shape: Shape, new_shape: Shape) -> dict[str, torch.Tensor]:
     """The units to keep: group -> ascending indices. Groups that lose nothing are absent.
 
-    Every group is ranked by itself, so that each matrix reaches its target width. Heads are ranked by all of their
-    units in both attention groups, then the units within each kept head.
+    Every group is ranked by itself, so that each matrix reaches its target width. Only heads are ranked by all of their
+    units in both attention groups; then the units of each kept head are ranked in each group.
     """
     keep = {}
     for group, values in importance.items():
@@ -219,8 +219,8 @@ def choose_units(importance: dict[str, torch.Tensor], shape: Shape, new_shape: S
             keep[group] = topk_sorted(values, new_shape.intermediate_size)
         elif kind in ("query_key", "value_output") and new_shape[2:] != shape[2:]:
             by_head = values.view(shape.num_heads, shape.head_size)  # (H,K)
-            partner = f"{'value_output' if kind == 'query_key' else 'query_key'}.{layer}"
-            heads = topk_sorted((by_head + importance[partner].view_as(by_head)).sum(1), new_shape.num_heads)
+            both = importance[f"query_key.{layer}"] + importance[f"value_output.{layer}"]
+            heads = topk_sorted(both.view_as(by_head).sum(1), new_shape.num_heads)
             within = topk_sorted(by_head[heads], new_shape.head_size)  # (H_new,K_new)
             keep[group] = (heads[:, None] * shape.head_size + within).flatten()  # (H_new*K_new,)
     return keep

@@ -19,10 +19,11 @@ from model import Bert
 def align_heads(bert: Bert, batches: Iterable[Batch]):
     """Change the basis of every head, in place, to the singular directions of its two matmuls, strongest first.
 
-    The scores of a head are x~ (W~q^T W~k) x~^T and its output is (W_o W~v) x~^T: any invertible K x K matrix and its
-    inverse can be inserted between the two factors without changing the output. This takes the one that makes the K
-    dimensions of queries and keys, or of values and columns of W_o, uncorrelated and of decreasing size on the layer's
-    inputs in `batches`. Few or degenerate inputs give worse directions, but never change what the model computes.
+    The scores of a head are x~ (W~q^T W~k) x~^T, and its values reach the output as x~ (W_o W~v)^T: any invertible
+    K x K matrix and its inverse can be inserted between the two factors without changing the output. This takes the one
+    that makes the K dimensions of queries and keys, or of values and columns of W_o, orthogonal and of decreasing size
+    on the layer's inputs in `batches`. Few or degenerate inputs give worse directions, but never change what the model
+    computes.
     """
     layers = bert.bert.layers
     moments = [0.0] * len(layers)  # sum over the tokens of x~^T x~, for each layer's input (D+1,D+1)
@@ -55,11 +56,11 @@ def extended(x):
 
 
 def balancing_transforms(a, b):
-    """Two transforms M, N (H,K,K) for factors P, Q (T,K) whose second moments are a, b (H,K,K).
+    """Two transforms X, Y (H,K,K) for factors P, Q (..., K) whose second moments are a, b (H,K,K).
 
-    M^T N = 1, so (P M^T) (Q N^T)^T = P Q^T; and M a M^T = N b N^T = diag(s) with s descending. With the Cholesky
-    factors a = A A^T, b = B B^T and the SVD A^T B = U s V^T they are M = s^1/2 U^T A^-1 and N = s^1/2 V^T B^-1. The
-    small ridge keeps matrices of unused dimensions invertible; M^T N = 1 holds for any a and b.
+    X^T Y = 1, so (P X^T) (Q Y^T)^T = P Q^T; and X a X^T = Y b Y^T = diag(s) with s descending. With the Cholesky
+    factors a = A A^T, b = B B^T and the SVD A^T B = U s V^T they are X = s^1/2 U^T A^-1 and Y = s^1/2 V^T B^-1. The
+    small ridge keeps matrices of unused dimensions invertible; X^T Y = 1 holds for any a and b.
     """
     def root(moment):
         ridge = (1e-9 * moment.diagonal(dim1=1, dim2=2).mean(1)).clamp(min=1e-12)  # (H,)

@@ -18,7 +18,7 @@ from extensions.align_heads import extended
 from model import Bert, LayerNorm, Linear
 
 TOKENS_PER_UNIT = 8  # tokens per unit in a fit; fewer overfit, twice as many cost twice the time and gain little
-RIDGE = 1e-3  # times a unit's mean square, added to the diagonal of every fit; it draws the fit to the plain prune
+RIDGE = 1e-3  # times the mean of the diagonal, added to that of every fit; it draws the fit to the plain prune
 UNMASKED_WEIGHT = 0.2  # weight of an unmasked token; all of them together count about as much as the masked ones
 
 
@@ -38,7 +38,7 @@ def fit_batches(session, units: int, step: int) -> Iterator[Batch]:
 
 class Place:
     """A place in the forward pass where units x (T,n) are read by `readers`, and the weighted sums over the tokens for
-    the least-squares fit there. x_k (T,k) are the kept units with the values that they will have after the prune.
+    the least-squares fit there. x_k (T,k) are the kept units; those of a LayerNorm are normalised among themselves.
     kept = x~_k^T x~_k (k+1,k+1); cross = x~_k^T x (k+1,n)."""
 
     def __init__(self, module: nn.Module, keep: torch.Tensor, readers: Sequence[Linear] = ()):
@@ -47,8 +47,8 @@ class Place:
         self.weight = 1.0  # of the tokens of the next batch: (T,1) or a number
 
     def add(self, module: nn.Module, inputs, output):
-        """Forward hook. A LayerNorm shows the units of its output, which it will normalise among themselves. In a
-        ResidualOutput, LayerNorm(residual + W x + b), tokens are weighted by the LayerNorm's 1/variance: otherwise the
+        """Forward hook. For a LayerNorm the units x are its output, for a ResidualOutput the input of its matrix. In
+        the latter, LayerNorm(residual + W x + b), tokens are weighted by the LayerNorm's 1/variance: otherwise the
         few tokens with very large sums, [CLS] above all, would dominate the fit."""
         keep, weight = self.keep, self.weight
         if isinstance(module, LayerNorm):
@@ -87,8 +87,8 @@ def compensate(distiller: nn.Module, keep: dict[str, torch.Tensor], batches: Ite
     shape, so that the kept units also do what can be done of the pruned ones' work. Adam's moments are not changed.
 
     Wherever units are read, x ~= x_k A + c is fitted, and a reader W x + b becomes (W A^T) x_k + (W c + b). All fits
-    come from one pass over `batches`, without autocast. Query-key dimensions are only read by each other, so there is
-    nothing to fit for them.
+    come from one pass over `batches`, without autocast. Query-key dimensions are left alone: in aligned heads they are
+    orthogonal, so that a fit would be the plain prune.
     """
     bert: Bert = distiller.student
     places = {place.module: place for place in read_places(bert, keep)}
@@ -158,7 +158,7 @@ def rescale(place: Place):
 
 def refit_decoder(bert: Bert, place: Place):
     """Compensate the decoder. It is tied to the word embeddings E, so only the scale g of the LayerNorm before it and
-    its bias can be fitted to the logits: E_k diag(g) x_k + b ~= E x.
+    a change b of its own bias can be fitted to the logits: E_k diag(g) x_k + b ~= E x.
 
     The normal equations for g are (E_k^T E_k * cov(x_k, x_k)) g = diag(E_k^T E cov(x, x_k)), with * elementwise.
     """

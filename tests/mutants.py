@@ -51,7 +51,6 @@ MUTANTS = [
     ("model.py", "/ (num_heads * head_size**0.5)", "/ num_heads", "model", "scores"),
     ("model.py", "old.detach().index_select(dimension, keep), requires_grad=old.requires_grad)",
      "old.detach().index_select(dimension, keep))", "model", "frozen"),
-    ("model.py", "None if old.grad is None else old.grad.index_select(dimension, keep)", "None", "prune", "gradients_are"),
     ("model.py", "self.token_type_embeddings.weight[0]", "self.token_type_embeddings.weight[1]", "model", "token_types"),
     ("model.py", "self.LayerNorm(x + F.dropout(self.dense(y)", "self.LayerNorm(F.dropout(self.dense(y)", "model", "logits"),
     ("model.py", "attn_mask=mask, dropout_p=dropout", "dropout_p=dropout", "model", ""),

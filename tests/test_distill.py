@@ -250,6 +250,7 @@ def test_the_learning_rate_rises_then_falls_linearly():
     rates = [distill.learning_rate(t, 100, 2.0, 0.1) for t in range(100)]
     assert rates[:10] == pytest.approx([0.2 * (t + 1) for t in range(10)])
     assert rates[10:] == pytest.approx([2.0 * (100 - t) / 90 for t in range(10, 100)])
+    assert max(distill.learning_rate(t, 25, 1.0, 0.1) for t in range(25)) == 1.0  # 2.5 steps of warmup do not exceed it
     assert distill.learning_rate(0, 10, 1.0, 0.0) == 1.0 and distill.learning_rate(4, 10, 1.0, 1.0) == 0.5
 
 

@@ -520,12 +520,3 @@ def test_a_loss_that_is_kept_over_a_prune_does_not_break_the_next_step():
     prune.prune_units(bert, keep, new_shape, optimizer)
     train_step(bert, optimizer)
     assert loss.grad_fn is not None and bert.bert.embeddings.word_embeddings.weight.shape == (97, 12)
-
-
-def test_gradients_are_pruned_like_their_parameters():
-    bert = random_bert()
-    bert(IDS, POSITIONS).logits.square().mean().backward()
-    before = bert.bert.embeddings.word_embeddings.weight.grad
-    keep = torch.tensor([0, 4, 5, 9])
-    prune_to(bert, {"hidden": keep}, hidden_size=4)
-    assert torch.equal(bert.bert.embeddings.word_embeddings.weight.grad, before[:, keep])
