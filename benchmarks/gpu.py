@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import PAPER, RESULTS, ROOT, header, write
+from common import PAPER, RESULTS, ROOT, header, run_in_process, write
 from safetensors.torch import load_file
 from systems import build, random_batch
 
@@ -38,16 +38,17 @@ def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> float:
     return torch.corrcoef(torch.stack([a.argsort().argsort(), b.argsort().argsort()]).double())[0, 1].item()
 
 
-def check_bf16(shape: str, device) -> dict:
-    """Compare losses and sensitivities of one batch in bf16 and float32. Returns the largest differences."""
+def check_bf16(shape: str, device, system: str = "ours") -> dict:
+    """Compare losses and sensitivities of one batch in bf16, by the compiled step if `system` is "compiled", with those
+    of the plain step in float32. Returns the largest differences."""
     batch = random_batch(shape, 16, device)
     losses, sensitivities = [], []
-    for bf16 in (False, True):
-        ours = build(shape, ["ours"], device, bf16)["ours"]
+    for name, bf16 in (("ours", False), (system, True)):
+        ours = build(shape, [name], device, bf16)[name]
         values = ours.losses(batch)
         values["loss"].backward()
         ours.accumulate_sensitivity()
-        losses.append({name: value.item() for name, value in values.items()})
+        losses.append({loss: value.item() for loss, value in values.items()})
         sensitivities.append(ours.sensitivity)
     pairs = [(sensitivities[0][group], sensitivities[1][group]) for group in sensitivities[0]]
     result = {"loss_error": max(abs(losses[1][name] / losses[0][name] - 1) for name in losses[0]),
@@ -131,6 +132,7 @@ def main(argv: list[str]) -> int:
     result, path = header(argv, device), args.results / "cuda-correctness.json"
     result["bf16"] = {shape: check_bf16(shape, device) for shape in ("small", "base")}
     write(path, result)  # after each check, in case the machine is lost
+    write(path, result := result | {"compiled": run_in_process(check_bf16, "small", device, "compiled")})
     check_prune("small", device)
     write(path, result := result | {"prune": "as on the CPU"})
     write(path, result := result | {"memory": check_memory("small", device)})

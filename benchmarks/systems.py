@@ -1,12 +1,14 @@
 """The same training step written three times with one interface, and the check that all three compute the same losses.
 
     ours            the step of distill.py: pruning slices the matrices
-    stock-best      the best that stock modules of `transformers` allow: fused attention, logits at masked positions,
+    compiled        the same with support/fast.py, as in long runs on a GPU
+    stock-best      our best step from stock modules of `transformers`: fused attention, logits at masked positions,
                     head-averaged scores in one matmul, fused optimizer, sensitivities per unit; pruning by masks
     research code   as research code on top of `transformers` is usually written: logits and KL at all positions,
                     attention scores of every head, default optimizer, sensitivities per weight; pruning by masks
 """
 
+import contextlib
 import copy
 
 import torch
@@ -22,6 +24,7 @@ from data import MASKED_FRACTION, Batch
 from distill import ADAM_BETAS, ADAM_EPS, Distiller, mean_mse
 from model import Bert, BertConfig, Output, mean_attention_scores
 from prune import Shape
+from support import fast
 from support.distributed import synchronized_time
 from support.shapes import target_shape
 
@@ -120,6 +123,17 @@ class Ours:
         student = shape if cls.sliced else teacher
         projections = 2 * (config.num_hidden_layers + 1) * student.hidden_size * teacher.hidden_size
         return forward(teacher) + 3 * (forward(student) + projections)
+
+
+class Compiled(Ours):
+    """Only one can live in a process, beside no other system, because it replaces the losses of distill.py."""
+
+    backend = "inductor"
+
+    def prepare(self, student: Bert):
+        super().prepare(student)
+        self.undo = contextlib.ExitStack()
+        fast.switch_on(self.undo, self.distiller.student, self.teacher, distill, self.backend)
 
 
 class StockBert(BertForMaskedLM):
@@ -249,7 +263,7 @@ class ResearchCode(StockBest):
 
 
 PEERS = {"stock-best": StockBest, "research code": ResearchCode}
-SYSTEMS = PEERS | {"ours": Ours}  # ours is last, because it takes the weights that the others copy
+SYSTEMS = PEERS | {"compiled": Compiled, "ours": Ours}  # ours is last: it takes the weights that the others copy
 
 
 # ---- Before the clock runs -----------------------------------------------------------------------------------
@@ -299,7 +313,7 @@ def check_all(shape: str, device):
     Hidden dimensions are not pruned here: a stock LayerNorm includes masked dimensions in its mean and variance, so
     that masks of hidden dimensions define another model.
     """
-    systems = build(shape, list(SYSTEMS), device, bf16=False)
+    systems = build(shape, ["ours", *PEERS], device, bf16=False)
     batch = random_batch(shape, 2, device)
     ours = systems["ours"]
     with torch.no_grad():

@@ -1,10 +1,11 @@
-"""Tokens per second of a training step, compared with two versions of it made of stock `transformers` modules.
+"""Tokens per second of a training step, compared with two versions of it made of stock `transformers` modules and, on
+CUDA, with the compiled step of long runs.
 
     python benchmarks/throughput.py --shape small --device cpu --quick --json benchmarks/results/small-cpu.json
 
-The three systems of systems.py make the same steps in alternation, each in its own process with the same allocator
-settings. Before that their losses are checked to agree. Weights and tokens are random, because the time of a step does
-not depend on them.
+The systems of systems.py make the same steps in alternation, each in its own process with the same allocator settings.
+Before that their losses are checked to agree (those of the compiled step in gpu.py). Weights and tokens are random,
+because the time of a step does not depend on them.
 
 What the results mean:
     tokens_per_second   median over the repeats; `spread` is the smallest and the largest
@@ -114,11 +115,14 @@ def peak_memories(args: argparse.Namespace, device, sizes: list[int], measured: 
     def peaks(name: str, shapes: list[Shape]) -> list[float]:
         return run_in_process(peak_memory, shapes, name, args.shape, device, bf16, args.threads, sizes)
 
-    ours = peaks("ours", measured) if cuda else [peaks("ours", [shape])[0] for shape in measured]
-    return {"ours": ours} | {name: peaks(name, measured[:1]) * len(measured) for name in PEERS}
+    masked = {name: peaks(name, measured[:1]) * len(measured) for name in PEERS}
+    if cuda:
+        return masked | {name: peaks(name, measured) for name in ("compiled", "ours")}
+    return masked | {"ours": [peaks("ours", [shape])[0] for shape in measured]}
 
 
-def time_steps(args: argparse.Namespace, device, sizes: list[int], steps_at: dict[Shape, int], measured: list[Shape]):
+def time_steps(args: argparse.Namespace, device, sizes: list[int], steps_at: dict[Shape, int], measured: list[Shape],
+               systems: list[str]):
     """Follow the schedule prune by prune. At the shapes `measured` time one step of each system in turn, and a matmul.
 
     Returns system -> seconds of a step (repeats, shapes), the rates of the matmul (repeats, shapes), and the seconds of
@@ -127,16 +131,17 @@ def time_steps(args: argparse.Namespace, device, sizes: list[int], steps_at: dic
     bf16 = args.precision == "bf16"
     matrix = torch.randn(*2 * [8192 if device.type == "cuda" else 2048], device=device,
                          dtype=torch.bfloat16 if bf16 else torch.float32)
-    seconds = {name: np.empty((args.repeats, len(measured))) for name in SYSTEMS}
+    seconds = {name: np.empty((args.repeats, len(measured))) for name in systems}
     rates, prune_seconds = np.empty((args.repeats, len(measured))), 0.0
     with contextlib.ExitStack() as stack:
-        pools = {name: stack.enter_context(process()) for name in SYSTEMS}
+        pools = {name: stack.enter_context(process()) for name in systems}
         for name, pool in pools.items():
             pool.submit(start, name, args.shape, device, bf16, args.threads, sizes).result()
         shape = Shape.of(SHAPES[args.shape][0])
         for new_shape in steps_at:
             if new_shape != shape:
-                took, lineage = pools["ours"].submit(prune_ours, new_shape).result()
+                for name in systems[len(PEERS) :]:  # ours is the last
+                    took, lineage = pools[name].submit(prune_ours, new_shape).result()
                 prune_seconds, shape = prune_seconds + took, new_shape
             if new_shape not in measured:
                 continue
@@ -151,14 +156,15 @@ def time_steps(args: argparse.Namespace, device, sizes: list[int], steps_at: dic
 
 
 def measure(args: argparse.Namespace, device) -> dict:
-    """All results of one teacher; on CUDA for BERT-base also `paper`, the time of a run with the paper's settings."""
+    """All results of one teacher; on CUDA for BERT-base also `paper`, the hours of compiled steps with the paper's
+    settings."""
     cuda = device.type == "cuda"
     config, seq_length, _ = SHAPES[args.shape]
     sizes = [min(args.micro_batch_size, args.batch_size - i) for i in range(0, args.batch_size, args.micro_batch_size)]
     steps_at, measured = schedule(args, cuda)
     check_all(args.shape, device)
     memory = peak_memories(args, device, sizes, measured)
-    seconds, rates, prune_seconds = time_steps(args, device, sizes, steps_at, measured)
+    seconds, rates, prune_seconds = time_steps(args, device, sizes, steps_at, measured, list(memory))
 
     def over_run(values) -> float:
         """The mean over the steps of the run of values at the measured shapes, interpolated between them."""
@@ -170,9 +176,10 @@ def measure(args: argparse.Namespace, device) -> dict:
               "micro_batch_size": args.micro_batch_size, "seq_length": seq_length, "steps": args.steps,
               "repeats": args.repeats, "rows": []}
     times = {name: np.column_stack([each, [over_run(repeat) for repeat in each]]) for name, each in seconds.items()}
-    rates = np.column_stack([rates, np.median(rates, axis=1)])
-    times["ours"][:, -1] += prune_seconds / args.steps  # (repeats, shapes and the run)
-    for name in ("ours", *PEERS):
+    rates = np.column_stack([rates, [over_run(repeat) for repeat in rates]])  # (repeats, shapes and the run)
+    for name in times.keys() - PEERS:
+        times[name][:, -1] += prune_seconds / args.steps
+    for name in times:
         flops = [SYSTEMS[name].flops_per_token(config, seq_length, shape) for shape in measured]
         flops.append(over_run(flops))
         memory[name].append(max(memory[name]))
@@ -190,9 +197,32 @@ def measure(args: argparse.Namespace, device) -> dict:
             result["rows"].append(row)
     if cuda and args.shape == "base" and len(measured) >= 8:
         tokens = PAPER.steps * PAPER.batch_size * PAPER.seq_length
-        speed = next(row["tokens_per_second"] for row in result["rows"] if row["width"] == "run")
+        speed = next(row["tokens_per_second"] for row in result["rows"]
+                     if (row["system"], row["width"]) == ("compiled", "run"))
         result["paper"] = {"tokens": tokens, "hours": tokens / speed / 3600}
     return result
+
+
+def table(result: dict) -> str:
+    """Markdown for docs/performance.md. A row for every width: speed, ratio to each peer, utilisation, memory."""
+    rows = {(row["width"], row["system"]): row for row in result["rows"]}
+    peers = list(dict.fromkeys(system for _, system in rows if system != "ours"))
+    heads = ["width", "ours, tokens/s", *(head for peer in peers for head in (f"{peer}, tokens/s", f"ours : {peer}")),
+             "utilisation of ours", f"peak memory, MB: {' / '.join(['ours', *peers])}"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for width in dict.fromkeys(width for width, _ in rows):
+        ours, *others = (rows[width, system] for system in ("ours", *peers))
+        cells = ["whole run" if width == "run" else str(width), f"{ours['tokens_per_second']:,.0f}"]
+        for row in others:
+            cells += [f"{row['tokens_per_second']:,.0f}", "{:.2f} ({:.2f} to {:.2f})".format(*row["ratio"])]
+        cells += [f"{100 * ours['utilisation']:.0f} %",
+                  " / ".join(f"{row['peak_memory']:,.0f}" for row in (ours, *others))]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", f"A large matmul: {result['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s. "
+              f"All prunes of {result['steps']:,} steps take {rows['run', 'ours']['prune_share']:.2%} of the run."]
+    if "paper" in result:
+        lines.append(f"A run with the paper's settings would take {result['paper']['hours']:.2f} hours.")
+    return "\n".join(lines)
 
 
 def main(argv: list[str]) -> int:
@@ -220,14 +250,7 @@ def main(argv: list[str]) -> int:
     result = header(argv, device) | measure(args, device)
     if args.json:
         write(args.json, result)
-    print(f"a large matmul in {args.precision}: {result['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s")
-    for row in result["rows"]:
-        ratio = "ours is {:.2f} times as fast ({:.2f} to {:.2f})".format(*row["ratio"]) if "ratio" in row else ""
-        share = f"prunes take {row['prune_share']:.2%} of the run" if "prune_share" in row else ""
-        print(f"{row['shape']} {row['width']:>5} {row['system']:<13} {row['tokens_per_second']:>12,.0f} tokens/s "
-              f"{row['utilisation']:>6.1%} {row['peak_memory']:>8,.0f} MB  {ratio}{share}")
-    if "paper" in result:
-        print("a run with the paper's settings: {hours:.2f} hours".format(**result["paper"]))
+    print(f"All systems in {args.precision}.\n\n{table(result)}")
     return 0
 
 

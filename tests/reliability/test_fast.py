@@ -228,7 +228,7 @@ def run(monkeypatch, tmp_path, checkpoint, corpus):
     return call
 
 
-def test_a_fast_run_ends_at_the_same_student(run, tmp_path, capsys):
+def test_a_fast_run_ends_at_the_same_student(run, tmp_path, capsys, no_compilations):
     plain_losses = distill.vocabulary_losses, distill.mean_mse
     plain, quick = run("plain"), run("quick", "aot_eager")
     assert compilations(fast.student_layer) >= 1 and "failed" not in capsys.readouterr().out
