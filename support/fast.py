@@ -1,5 +1,5 @@
 """Faster training steps for long runs on a GPU. The textbook forms stay in model.py and distill.py. `with
-compiled(...)`, which Session puts around the loop if `pays`, compiles them and lets some operations access memory less.
+compiled(...)`, which Session puts around the loop if `pays`, compiles them and reduces memory traffic further.
 
 Memory traffic bounds a step on a GPU. For the paper's settings on one H100 benchmarks/traffic.py predicts 5.4 hours
 instead of 9.0; nothing was measured on a GPU. Evaluations, and the fits of --compensate, which put hooks into the
