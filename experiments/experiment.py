@@ -81,10 +81,17 @@ def curve(folder: Path) -> dict[str, list[float]]:
                if key in evaluations[0]}}
 
 
+def origin(folder: Path) -> dict[str, str]:
+    """The commit that made a run, and the hashes of its teacher and its text."""
+    record = json.loads((folder / "run.json").read_text())
+    return {"commit": record["versions"]["commit"], "teacher": record["teacher"], "corpus": record["corpus"]}
+
+
 def compare(arms: dict[str, dict], seeds: list[int], **common) -> list[dict]:
-    """Every arm (name -> flags) with every seed and the flags in common: rows of `arm`, `seed` and the curve."""
+    """Every arm (name -> flags) with every seed and the flags in common: rows of `arm`, `seed`, origin and curve."""
     folders = {(arm, seed): distil(**common | flags, seed=seed) for seed in seeds for arm, flags in arms.items()}
-    return [{"arm": arm, "seed": seed, **curve(folders[arm, seed])} for arm in arms for seed in seeds]
+    return [{"arm": arm, "seed": seed, **origin(folders[arm, seed]), **curve(folders[arm, seed])}
+            for arm in arms for seed in seeds]
 
 
 def rows_of(rows: list[dict], key: str = "arm") -> dict[str, list[dict]]:
@@ -110,8 +117,7 @@ def mean_and_deviation(values: list[float]) -> tuple[float, float]:
 
 DPI = 160
 OURS, PAPER, OTHER, GREY = "#D55E00", "#0072B2", "#AA4499", "#707070"  # the same in all pictures, colour-blind-safe
-COLOURS = {"iterative, t_f = 0.7 T": PAPER, "sensitivity": PAPER, "all losses": PAPER, "platon": OURS,
-           "single prune at T/30": OTHER, "magnitude": OTHER}
+COLOURS = {"iterative, t_f = 0.7 T": PAPER, "all losses": PAPER, "single prune at T/30": OTHER}
 LABELS = {"kl": "KL to the teacher (nats)", "masked_lm_loss": "held-out masked-LM loss (nats)", "step": "step",
           "tokens": "tokens (millions)"}
 matplotlib.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
@@ -126,25 +132,16 @@ def panels(message: str, details: str, columns: int, height: float, width: float
     return figure, axes
 
 
-def plot_curves(axis, rows: list[dict], x: str = "step", y: str = "kl", label_ends: bool = True):
-    """One line per arm, labelled at its end: the mean over the seeds, with a band from the lowest to the highest."""
-    ends = {}
+def plot_curves(axis, rows: list[dict], x: str = "step", y: str = "kl"):
+    """One line per arm: the mean over the seeds, with a band from the lowest to the highest."""
     for arm, group in rows_of(rows).items():
         xs = np.mean([row[x] for row in group], axis=0) / (1e6 if x == "tokens" else 1)
         ys = np.array([row[y] for row in group])  # (seeds, evaluations)
         colour = COLOURS.get(arm, GREY)
         axis.plot(xs, ys.mean(0), color=colour, marker="o", markersize=3)
         axis.fill_between(xs, ys.min(0), ys.max(0), color=colour, alpha=0.2, linewidth=0)
-        ends[arm] = ys.mean(0)[-1]
     axis.set(xlabel=LABELS[x], ylabel=LABELS[y])
     axis.grid(alpha=0.25)
-    if not label_ends:
-        return
-    lowest, gap = -np.inf, 0.07 * np.diff(axis.get_ylim()).item()
-    for arm, end in sorted(ends.items(), key=lambda item: item[1]):
-        lowest = max(end, lowest + gap)  # so that no label covers another
-        axis.annotate(arm, (xs[-1], lowest), (5, 0), textcoords="offset points", va="center",
-                      color=COLOURS.get(arm, GREY), annotation_clip=False)
 
 
 def plot_dots(axis, rows: list[dict], value, label: str):

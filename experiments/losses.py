@@ -1,4 +1,5 @@
-"""Which losses matter: all of them, without one of them, one alone, and the KL divergence with a larger weight."""
+"""Which losses matter: all of them, without one of them, one alone, the KL divergence with a larger weight; and our
+presets, with the masked-LM loss and without it."""
 
 import experiment
 
@@ -12,6 +13,8 @@ ARMS = {
     "KL with weight 5": {"alpha_pred": 5},
     "KL alone": {"alpha_mlm": 0, "alpha_hidn": 0, "alpha_emb": 0, "alpha_attn": 0},
     "masked-LM alone": {"alpha_pred": 0, "alpha_hidn": 0, "alpha_emb": 0, "alpha_attn": 0},
+    "preset compensated": {"preset": "compensated"},
+    "preset imitation (no masked-LM)": {"preset": "imitation"},
 }
 
 

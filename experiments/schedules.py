@@ -34,7 +34,7 @@ def draw(result: dict):
     figure, axis = experiment.panels(
         "Pruned gradually, the student is closer to its teacher at first, but not at the end",
         f"256 → 128, {experiment.BUDGET}; {experiment.over_seeds(result['rows'], 'range')}", 1, 4.8)
-    experiment.plot_curves(axis, [row for arm in DRAWN for row in rows[arm]], label_ends=False)
+    experiment.plot_curves(axis, [row for arm in DRAWN for row in rows[arm]])
     for arm, (text, where) in DRAWN.items():
         axis.text(*where, text, color=experiment.COLOURS.get(arm, experiment.GREY), va="center")
     iterative, single = (statistics.fmean(row["kl"][-1] for row in rows[arm]) for arm in list(DRAWN)[:2])

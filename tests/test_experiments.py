@@ -110,6 +110,8 @@ def logged(tmp_path, monkeypatch):
                  for step, speed in ((5, 50), (10, 100))]
         if "--resume" not in words:
             write_run(Path(words[-1]), [*EVALS, *train])
+            origin = {"versions": {"commit": "abc"}, "teacher": "T", "corpus": "C"}
+            (Path(words[-1]) / "run.json").write_text(json.dumps(origin))
         (Path(words[-1]) / "student").mkdir()
 
     monkeypatch.setattr(experiment, "program", program)
@@ -124,6 +126,7 @@ def test_equal_flags_share_one_run_and_its_curve_is_that_of_its_log(logged):
     assert "--seed=1" in logged[2] and {"--steps=1000", "--corpus=text.txt"} < set(logged[2])
     assert rows[0]["step"] == [0, 5, 10] and rows[0]["tokens"] == [0, 500, 1000] and rows[0]["kl"] == [0.0, 0.5, 1.0]
     assert rows[0]["seconds"] == [0, 10, 15]
+    assert [rows[0][key] for key in ("commit", "teacher", "corpus")] == ["abc", "T", "C"]
     experiment.compare({"plain": {}}, [0], corpus="text.txt")
     assert len(logged) == 4
 
@@ -256,7 +259,7 @@ def test_a_picture_stands_in_the_documentation_and_is_at_most_1000_pixels_wide(n
 def test_every_arm_of_an_experiment_has_valid_flags():
     from distill import parse_arguments
 
-    scripts = map(importlib.import_module, ("schedules", "losses", "importance"))
+    scripts = map(importlib.import_module, ("schedules", "losses"))
     for flags in [flags for script in scripts for flags in script.ARMS.values()]:
         words = []
         for name, value in flags.items():
