@@ -151,7 +151,7 @@ def plot_dots(axis, rows: list[dict], value, label: str):
     for i, (arm, group) in enumerate(groups.items()):
         mean, deviation = mean_and_deviation([value(row) for row in group])
         axis.errorbar(mean, i, xerr=deviation or None, fmt="o", color=COLOURS.get(arm, GREY), capsize=3)
-        axis.annotate(f"{mean:.3g}", (mean + deviation, i), (8, 0), textcoords="offset points", va="center")
+        axis.annotate(f"{mean:#.3g}", (mean + deviation, i), (8, 0), textcoords="offset points", va="center")
     axis.set_yticks(range(len(groups)), groups)
     axis.set_ylim(len(groups) - 0.4, -0.6)  # the first arm is on top
     axis.set_xlabel(label)

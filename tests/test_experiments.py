@@ -200,7 +200,7 @@ def test_curves_and_dots_are_means_over_the_seeds():
     experiment.plot_curves(left, rows, "tokens")
     assert left.lines[0].get_xydata().tolist() == [[0, 0], [0.5, 1.5], [1, 2.5]]
     experiment.plot_dots(right, rows, lambda row: row["kl"][-1], "KL")
-    assert right.lines[0].get_xydata().tolist() == [[2.5, 0]] and right.texts[0].get_text() == "2.5"
+    assert right.lines[0].get_xydata().tolist() == [[2.5, 0]] and right.texts[0].get_text() == "2.50"
     experiment.plt.close(figure)
 
 
