@@ -259,7 +259,7 @@ def test_a_picture_stands_in_the_documentation_and_is_at_most_1000_pixels_wide(n
 def test_every_arm_of_an_experiment_has_valid_flags():
     from distill import parse_arguments
 
-    scripts = map(importlib.import_module, ("schedules", "losses", "presets"))
+    scripts = map(importlib.import_module, ("schedules", "losses"))
     for flags in [flags for script in scripts for flags in script.ARMS.values()]:
         words = []
         for name, value in flags.items():
