@@ -1,4 +1,4 @@
-"""The same training step written three times with one interface, and the check that all three compute the same losses.
+"""The same training step in four versions with one interface, and the check that they compute the same losses.
 
     ours            the step of distill.py: pruning slices the matrices
     compiled        the same with support/fast.py, as in long runs on a GPU
@@ -126,7 +126,7 @@ class Ours:
 
 
 class Compiled(Ours):
-    """Only one can live in a process, beside no other system, because it replaces the losses of distill.py."""
+    """It replaces functions of distill.py, so no other system can be used in its process until `undo` is closed."""
 
     backend = "inductor"
 

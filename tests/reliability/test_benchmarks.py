@@ -3,7 +3,9 @@
 import contextlib
 import json
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -128,6 +130,22 @@ def test_the_compiled_system_is_compiled_and_computes_the_same_before_and_after_
     for ours, compiled in zip(*losses.values(), strict=True):
         for name, loss in ours.items():
             torch.testing.assert_close(compiled[name], loss, rtol=1e-4, atol=1e-6)
+
+
+def test_the_time_of_a_run_includes_the_prunes_of_what_is_pruned(monkeypatch):
+    """All steps take a second, and all prunes half a second for every step."""
+    names = [*systems.PEERS, "compiled", "ours"]
+    monkeypatch.setattr(throughput, "check_all", lambda *_: None)
+    monkeypatch.setattr(throughput, "peak_memories", lambda *_: {name: [1.0] * 3 for name in names})
+    monkeypatch.setattr(throughput, "time_steps", lambda args, *_: (
+        {name: np.ones((2, 3)) for name in names}, np.full((2, 3), 1e9), args.steps / 2))
+    result = throughput.measure(SimpleNamespace(
+        shape="toy", quick=True, batch_size=3, micro_batch_size=3, steps=300, repeats=2, precision="fp32"), CPU)
+    rows = {row["system"]: row for row in result["rows"] if row["width"] == "run"}
+    seconds = {name: 3 * SEQ_LENGTH / row["tokens_per_second"] for name, row in rows.items()}
+    assert seconds == pytest.approx(dict.fromkeys(systems.PEERS, 1.0) | {"compiled": 1.5, "ours": 1.5})
+    assert rows["stock-best"]["ratio"] == pytest.approx([2 / 3] * 3) and rows["compiled"]["ratio"] == [1, 1, 1]
+    assert rows["ours"]["prune_share"] == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize("name", ["base-cpu", "small-cpu"])
