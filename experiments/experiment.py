@@ -94,11 +94,11 @@ def compare(arms: dict[str, dict], seeds: list[int], **common) -> list[dict]:
             for arm in arms for seed in seeds]
 
 
-def rows_of(rows: list[dict], key: str = "arm") -> dict[str, list[dict]]:
-    """The rows by the value of a key, in the order in which the values first appear."""
+def rows_of(rows: list[dict]) -> dict[str, list[dict]]:
+    """The rows by arm, in the order in which the arms first appear."""
     groups: dict[str, list[dict]] = {}
     for row in rows:
-        groups.setdefault(row[key], []).append(row)
+        groups.setdefault(row["arm"], []).append(row)
     return groups
 
 
@@ -119,8 +119,7 @@ DPI = 160
 OURS, PAPER, OTHER, GREY = "#D55E00", "#0072B2", "#AA4499", "#707070"  # the same in all pictures, colour-blind-safe
 COLOURS = {"iterative, t_f = 0.7 T": PAPER, "all losses": PAPER, "single prune at T/30": OTHER,
            "preset compensated": OURS, "preset imitation (no masked-LM)": OURS}
-LABELS = {"kl": "KL to the teacher (nats)", "masked_lm_loss": "held-out masked-LM loss (nats)", "step": "step",
-          "tokens": "tokens (millions)"}
+LABELS = {"kl": "KL to the teacher (nats)", "masked_lm_loss": "held-out masked-LM loss (nats)"}
 matplotlib.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
                             "axes.titlesize": "medium"})
 
@@ -133,15 +132,14 @@ def panels(message: str, details: str, columns: int, height: float, width: float
     return figure, axes
 
 
-def plot_curves(axis, rows: list[dict], x: str = "step", y: str = "kl"):
-    """One line per arm: the mean over the seeds, with a band from the lowest to the highest."""
+def plot_curves(axis, rows: list[dict]):
+    """KL over the steps, one line per arm: the mean over the seeds, with a band from the lowest to the highest."""
     for arm, group in rows_of(rows).items():
-        xs = np.mean([row[x] for row in group], axis=0) / (1e6 if x == "tokens" else 1)
-        ys = np.array([row[y] for row in group])  # (seeds, evaluations)
+        steps, kl = group[0]["step"], np.array([row["kl"] for row in group])  # (seeds, evaluations)
         colour = COLOURS.get(arm, GREY)
-        axis.plot(xs, ys.mean(0), color=colour, marker="o", markersize=3)
-        axis.fill_between(xs, ys.min(0), ys.max(0), color=colour, alpha=0.2, linewidth=0)
-    axis.set(xlabel=LABELS[x], ylabel=LABELS[y])
+        axis.plot(steps, kl.mean(0), color=colour, marker="o", markersize=3)
+        axis.fill_between(steps, kl.min(0), kl.max(0), color=colour, alpha=0.2, linewidth=0)
+    axis.set(xlabel="step", ylabel=LABELS["kl"])
     axis.grid(alpha=0.25)
 
 

@@ -194,11 +194,11 @@ def test_the_deviation_is_that_of_a_sample():
 
 
 def test_curves_and_dots_are_means_over_the_seeds():
-    rows = [{"arm": "a", "seed": seed, "step": [0, 1, 2], "tokens": [0, 500_000, 1e6], "kl": [0, 1 + seed, 2 + seed]}
+    rows = [{"arm": "a", "seed": seed, "step": [0, 1, 2], "kl": [0, 1 + seed, 2 + seed]}
             for seed in (0, 1)]
     figure, (left, right) = experiment.panels("message", "details", 2, 3)
-    experiment.plot_curves(left, rows, "tokens")
-    assert left.lines[0].get_xydata().tolist() == [[0, 0], [0.5, 1.5], [1, 2.5]]
+    experiment.plot_curves(left, rows)
+    assert left.lines[0].get_xydata().tolist() == [[0, 0], [1, 1.5], [2, 2.5]]
     experiment.plot_dots(right, rows, lambda row: row["kl"][-1], "KL")
     assert right.lines[0].get_xydata().tolist() == [[2.5, 0]] and right.texts[0].get_text() == "2.50"
     experiment.plt.close(figure)
