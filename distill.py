@@ -179,7 +179,7 @@ class TrainingState:
     shape: prune.Shape  # of the student
     distiller: Distiller
     optimizer: torch.optim.AdamW
-    lineage: dict[str, torch.Tensor]  # group -> (units,), indices at the start
+    lineage: dict[str, torch.Tensor]  # group -> (units,), indices in the (aligned) teacher
     statistics: dict[str, dict[str, torch.Tensor]] = dataclasses.field(default_factory=dict)  # name -> group or weight
     engine: nn.Module | None = None  # the distiller, wrapped for several processes
 

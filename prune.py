@@ -73,7 +73,7 @@ def tensor_axes(model: nn.Module) -> dict[str, dict[int, str]]:
 
 def teacher_indices(model: nn.Module) -> dict[str, torch.Tensor]:
     """The lineage of an unpruned model: group -> (units,) int64, each unit's index in the teacher. Every prune slices
-    it, so that it says which of the teacher's units, after --align-heads of its aligned heads, the student has."""
+    it, so that it lists the units that are left; with --align-heads, those of the teacher's aligned heads."""
     parameters = dict(model.named_parameters())
     return {group: torch.arange(parameters[name].shape[dimension], device=parameters[name].device)
             for name, dimensions in tensor_axes(model).items() for dimension, group in dimensions.items()}
