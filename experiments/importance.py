@@ -1,4 +1,4 @@
-"""Which neurons to prune: by sensitivity, PLATON, magnitude or chance, to half and to a quarter of the teacher's width."""
+"""Which neurons to prune: by sensitivity, PLATON, magnitude or chance, to half and a quarter of the width."""
 
 import experiment
 
