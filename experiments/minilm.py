@@ -7,6 +7,7 @@ get the best of three learning rates, with which the vectors of a short run agre
 sentences; a third of the width gets the rate of half.
 """
 
+import json
 import shutil
 import statistics
 import time
@@ -152,17 +153,20 @@ def measure(args) -> dict:
               "every second layer": every_second_layer(judge, args, rates[1], **LAYERS)}
     index, rows = judge.encoder.vectors(judge.teacher, search.paragraphs), []  # of the teacher
     for arm, folder in models.items():
-        functions = judge.vectors(folder)
-        row = {"arm": arm} | judge(folder, functions)
-        for name, vectors in functions.items():
-            questions = vectors(search.questions)
-            row |= {f"{key}_{name}": value for key, value in search.scores(
-                questions, vectors(search.paragraphs)).items()}
-            if questions.shape[1] == index.shape[1]:
-                row |= {f"{key}_{name}_in_teacher_index": value
-                        for key, value in search.scores(questions, index).items()}
-        rows.append(row)
-        print(row, flush=True)
+        scores = folder / "scores.json"  # kept, because judging takes minutes
+        if not scores.is_file():
+            functions = judge.vectors(folder)
+            row = judge(folder, functions)
+            for name, vectors in functions.items():
+                questions = vectors(search.questions)
+                row |= {f"{key}_{name}": value for key, value in search.scores(
+                    questions, vectors(search.paragraphs)).items()}
+                if questions.shape[1] == index.shape[1]:
+                    row |= {f"{key}_{name}_in_teacher_index": value
+                            for key, value in search.scores(questions, index).items()}
+            scores.write_text(json.dumps(row))
+        rows.append({"arm": arm} | json.loads(scores.read_text()))
+        print(rows[-1], flush=True)
     times = milliseconds_per_row(models)
     seconds = [experiment.curve(models["half the width"].parent)["seconds"][-1],
                float((models["every second layer"] / "seconds.txt").read_text())]
