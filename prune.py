@@ -111,23 +111,22 @@ def accumulate_importance(criterion: str, statistics: dict[str, dict[str, torch.
     it; that of a unit is the L1 norm over its weights, so the absolute value comes before the sum (HomoDistil, section
     3.2). Call this with complete gradients, before clipping, while the weights are those the gradients belong to.
 
-    "sensitivity" averages per unit with `decay`. "platon" (Zhang et al., ICML 2022) averages per weight, with decay
-    0.85, the sensitivity and its distance from that average, the uncertainty.
+    "sensitivity" averages per unit with `decay`, from the first value on. "platon" (Zhang et al., ICML 2022) averages
+    per weight, with decay 0.85 and from zero on, the sensitivity and its distance from that average, the uncertainty.
     """
-    def average(name: str, key: str, new: torch.Tensor, decay: float) -> torch.Tensor:
-        values = statistics.setdefault(name, {})
-        values[key] = values[key].mul_(decay).add_(new, alpha=1 - decay) if key in values else new
-        return values[key]
-
     if criterion == "sensitivity":
+        average = statistics.setdefault("sensitivity", {})
         for group, new in sum_per_unit(bert, lambda _, p: None if p.grad is None else (p * p.grad).abs_()).items():
-            average("sensitivity", group, new, decay)
+            average[group] = average[group].mul_(decay).add_(new, alpha=1 - decay) if group in average else new
     elif criterion == "platon":
+        mean, uncertainty = (statistics.setdefault(name, {}) for name in ("mean", "uncertainty"))
         for name, p in bert.named_parameters():
             if p.grad is not None:
+                if name not in mean:
+                    mean[name], uncertainty[name] = torch.zeros_like(p), torch.zeros_like(p)
                 sensitivity = (p * p.grad).abs_()
-                mean = average("mean", name, sensitivity, PLATON_DECAY)
-                average("uncertainty", name, (sensitivity - mean).abs_(), PLATON_DECAY)
+                mean[name].lerp_(sensitivity, 1 - PLATON_DECAY)
+                uncertainty[name].lerp_((sensitivity - mean[name]).abs_(), 1 - PLATON_DECAY)
 
 
 @torch.no_grad()
@@ -173,9 +172,9 @@ def scheduled_shape(step: float, start: float, end: float, teacher: Shape, targe
                     power: float = 3) -> Shape:
     """The shape after `step` steps of the cubic schedule (HomoDistil, section 3.2).
 
-    Every width is r(t) = r_f + (1 - r_f) fraction_to_prune(t) of the teacher's, rounded to a multiple that keeps
-    kernels fast: `granularity` hidden dimensions, 4 times as many feed-forward neurons, a quarter of it for the
-    dimensions of a head. Whole heads are pruned first, for as long as the remaining heads can hold the width H*K.
+    Every width is r(t) = r_f + (1 - r_f) fraction_to_prune(t) of the teacher's, rounded to a multiple of `granularity`
+    hidden dimensions, 4 times as many feed-forward neurons, a quarter as many dimensions of a head; of all that are
+    pruned, if these are fewer. Whole heads are pruned first, as long as the remaining heads can hold the width H*K.
     """
     fraction = fraction_to_prune(step, start, end, power)
     if fraction in (0, 1):
@@ -185,12 +184,13 @@ def scheduled_shape(step: float, start: float, end: float, teacher: Shape, targe
         return final + (full - final) * fraction
 
     def round_to_multiple(size: float, multiple: int, full: int, final: int) -> int:
+        multiple = max(1, min(multiple, full - final))
         return min(full, max(final, round(size / multiple) * multiple))
 
     hidden, intermediate = (lerp(teacher[i], target[i]) for i in (0, 1))
     inner = lerp(teacher.num_heads * teacher.head_size, target.num_heads * target.head_size)
     heads = max(target.num_heads, math.ceil(inner / teacher.head_size))
-    head_size = round_to_multiple(inner / heads, max(1, granularity // 4), teacher.head_size, target.head_size)
+    head_size = round_to_multiple(inner / heads, granularity // 4, teacher.head_size, target.head_size)
     return Shape(round_to_multiple(hidden, granularity, teacher.hidden_size, target.hidden_size),
                  round_to_multiple(intermediate, 4 * granularity, teacher.intermediate_size, target.intermediate_size),
                  heads, head_size if heads == target.num_heads else teacher.head_size)

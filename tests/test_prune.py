@@ -262,9 +262,12 @@ def test_platon_importance_is_average_sensitivity_times_average_uncertainty_of_e
         weight.grad[0, :2] = torch.tensor(gradient)
         prune.accumulate_importance("platon", statistics, bert, 0.5)
     expected = 0.0
-    for first, second in ((4.0, 2.0), (2.0, 10.0)):  # |theta g| of each weight in both steps
-        mean = 0.85 * first + 0.15 * second  # the average starts with the first value, so its distance is 0
-        expected += mean * (0.85 * 0 + 0.15 * abs(second - mean))
+    for sensitivities in ((4.0, 2.0), (2.0, 10.0)):  # |theta g| of each weight in both steps
+        mean = uncertainty = 0.0
+        for sensitivity in sensitivities:
+            mean = 0.85 * mean + 0.15 * sensitivity
+            uncertainty = 0.85 * uncertainty + 0.15 * abs(sensitivity - mean)
+        expected += mean * uncertainty
     importance = prune.unit_importance("platon", statistics, bert, 0)
     torch.testing.assert_close(importance["feed_forward.0"][0].item(), expected)
     assert not importance["feed_forward.0"][1:].any()
@@ -400,6 +403,14 @@ def test_the_schedule_never_grows_and_ends_exactly_at_the_target(hidden, interme
     assert shapes[0] == teacher and shapes[-1] == target
     for before, after in zip(shapes, shapes[1:], strict=False):
         assert all(b >= a for b, a in zip(before, after, strict=True))
+
+
+def test_a_granularity_of_all_that_is_pruned_prunes_it_at_once_where_half_of_it_is_due():
+    teacher, target = Shape(256, 1024, 8, 32), Shape(128, 512, 8, 16)
+    for granularity in (128, 1000):
+        shapes = [prune.scheduled_shape(t, 0, 210, teacher, target, granularity) for t in range(210)]
+        due = 210 * (1 - 0.5 ** (1 / 3))  # (1 - t / 210)^3 = 1/2
+        assert shapes == [target if t > due else teacher for t in range(210)]
 
 
 def test_the_schedule_prunes_whole_heads_first():
