@@ -53,8 +53,8 @@ METHOD_FLAGS = (
          "teacher. demo: minutes on a CPU, no network."),
     Flag("--target-width", None, int, "Hidden size D of the student. Default: half of the teacher's."),
     Flag("--target-intermediate", None, int, "Feed-forward size F of the student. Default: in proportion to D."),
-    Flag("--target-heads", None, int, "Attention heads H of the student. Default: the most, up to the teacher's, that "
-         "divide D into heads no wider than the teacher's."),
+    Flag("--target-heads", None, int, "Attention heads H of the student. Default: the most, from the teacher's to half "
+         "as many, that divide D into heads no wider than the teacher's."),
     Flag("--steps", 28_000, COUNT, "Optimizer steps."),
     Flag("--batch-size", 4096, COUNT, "Rows per step, over all micro-batches and processes."),
     Flag("--learning-rate", 3e-4, NONNEGATIVE, "Peak learning rate. The paper uses 6e-4 for its smaller students."),
@@ -74,7 +74,7 @@ METHOD_FLAGS = (
          "(our choice). The rest is for recovery. Equal to --prune-start: all is pruned at once."),
     Flag("--prune-power", 3.0, number(float, 0.1, 100), "Exponent of the schedule. 3 is cubic, 1 is linear."),
     Flag("--granularity", 8, COUNT, "Hidden dimensions pruned at a time; 4 times as many feed-forward neurons, a "
-         "quarter as many dimensions of a head (our choice: GPUs prefer multiples of 8)."),
+         "quarter as many dimensions of a head (our choice)."),
     Flag("--importance", "sensitivity", ("sensitivity", "platon", "magnitude", "random"), "Pruning criterion."),
     Flag("--sensitivity-decay", 0.9, number(float, 0, 0.9999), "Decay of the sensitivities' moving average per step "
          "(our choice: about ten steps, which steadies the ranking)."),
@@ -205,6 +205,8 @@ def initial_state(args: argparse.Namespace, session: Session) -> TrainingState:
     distiller = Distiller(student, alphas, args.temperature, session.encoder).to(session.device).train()
     state = TrainingState(0, session.teacher_shape, distiller, make_optimizer(distiller, args.weight_decay),
                           prune.teacher_indices(distiller))
+    if args.align_heads and not session.saved:
+        align_heads(student, fit_batches(session, state.shape.hidden_size, step=0))
     if session.saved:
         session.restore(state)
     elif args.init != "teacher":  # for comparison: start at the target shape
@@ -216,8 +218,6 @@ def initial_state(args: argparse.Namespace, session: Session) -> TrainingState:
             torch.manual_seed(args.seed)
             fresh = Bert(student.config, student.bert.pooler is not None, student.cls is not None)
             student.load_state_dict(fresh.state_dict())
-    if args.align_heads and not session.saved:
-        align_heads(student, fit_batches(session, state.shape.hidden_size, step=0))
     state.wrap()
     return state
 
@@ -326,7 +326,7 @@ def run(args: argparse.Namespace):
 
 def main(argv: list[str] | None = None) -> int:
     return run_program("distill.py", lambda: run(parse_arguments(argv)),
-                       resume_hint="when that is fixed, --resume continues from the last checkpoint",
+                       resume_hint="rerun with --resume --output RUN, or without --resume if RUN has no run.json",
                        memory_hint="use a smaller --micro-batch-size")
 
 

@@ -17,6 +17,7 @@ from data import Batch
 from extensions.align_heads import extended
 from model import Bert, LayerNorm, Linear
 
+STEPS = 16  # of which a fit has unmasked rows: those of a step have one length
 TOKENS_PER_UNIT = 8  # tokens per unit in a fit; fewer overfit, twice as many cost twice the time and gain little
 RIDGE = 1e-3  # times the mean of the diagonal, added to that of every fit; it draws the fit to the plain prune
 UNMASKED_WEIGHT = 0.2  # weight of an unmasked token; all of them together count about as much as the masked ones
@@ -29,11 +30,12 @@ def fit_batches(session, units: int, step: int) -> Iterator[Batch]:
     """
     args, rows = session.args, session.rows
     wanted = math.ceil(TOKENS_PER_UNIT * units / args.seq_length)  # rows
+    per_step = args.batch_size if session.teacher.cls is not None else min(args.batch_size, math.ceil(wanted / STEPS))
     while wanted > 0:
-        for begin in range(0, min(args.batch_size, wanted), session.micro_batch_size):
-            end = min(begin + session.micro_batch_size, args.batch_size, wanted)
+        for begin in range(0, min(per_step, wanted), session.micro_batch_size):
+            end = min(begin + session.micro_batch_size, per_step, wanted)
             yield rows.training_batch(args.seed, step, args.batch_size, begin, end).to(session.device)
-        step, wanted = step + 1, wanted - args.batch_size
+        step, wanted = step + 1, wanted - per_step
 
 
 class Place:
@@ -70,7 +72,7 @@ class Place:
         kept, cross = self.kept[:rows, :rows], self.cross[:rows]
         plain = torch.zeros_like(cross)  # the ridge draws to it: kept units as they are, others zero
         plain[range(len(self.keep)), self.keep] = 1.0
-        ridge = RIDGE * kept.diagonal()[:len(self.keep)].mean() * torch.eye(rows).to(kept)
+        ridge = RIDGE * kept.diagonal()[:len(self.keep)].mean().clamp(min=1e-12) * torch.eye(rows).to(kept)
         return plain + torch.linalg.solve(kept + ridge, cross - kept @ plain)
 
     def means_and_covariances(self) -> tuple[torch.Tensor, ...]:
@@ -147,7 +149,7 @@ def rescale(place: Place):
     factor and a new bias can: no matrix that could absorb the change follows in the residual stream."""
     norm, keep = place.module, place.keep
     mean, mean_k, covariance, covariance_k = place.means_and_covariances()
-    scale = covariance[range(len(keep)), keep].sum() / covariance_k.trace()
+    scale = covariance[range(len(keep)), keep].sum() / covariance_k.trace().clamp(min=1e-12)
     shift = mean[keep] - scale * mean_k
     norm.weight[keep] *= scale.to(norm.weight)
     norm.bias[keep] = (norm.bias[keep] * scale + shift).to(norm.bias)
@@ -166,7 +168,7 @@ def refit_decoder(bert: Bert, place: Place):
     mean, mean_k, covariance, covariance_k = place.means_and_covariances()
     gram = words[:, keep].T @ words  # (k,D)
     left, right = gram[:, keep] * covariance_k, (gram * covariance).sum(1)
-    ridge = RIDGE * left.diagonal().mean() * torch.eye(len(keep)).to(left)
+    ridge = RIDGE * left.diagonal().mean().clamp(min=1e-12) * torch.eye(len(keep)).to(left)
     scale = 1 + torch.linalg.solve(left + ridge, right - left.sum(1))
     for tensor in (norm.weight, norm.bias):
         tensor[keep] *= scale.to(tensor)

@@ -13,7 +13,7 @@ from test_prune import ALPHAS, IDS, POSITIONS, assert_same, outputs, prune_to, r
 
 import distill
 import prune
-from data import Batch, MaskedRows
+from data import Batch, MaskedRows, UnmaskedRows
 from extensions.align_heads import align_heads, balancing_transforms, extended
 from extensions.compensate import UNMASKED_WEIGHT, Place, compensate, fit_batches
 from prune import Shape
@@ -282,11 +282,34 @@ def test_both_extensions_ignore_dropout_and_leave_modes_and_hooks_as_they_were()
 def test_fits_use_the_upcoming_training_rows(tokenizer):
     rows = MaskedRows(np.arange(14 * 50) % 100, 16, tokenizer)
     session = SimpleNamespace(args=SimpleNamespace(seed=3, batch_size=8, seq_length=16), rows=rows, micro_batch_size=3,
-                              device="cpu")
+                              device="cpu", teacher=random_bert())
     batches = list(fit_batches(session, units=26, step=2))
     assert [len(b.input_ids) for b in batches] == [3, 3, 2, 3, 2]  # 13 rows of 16 tokens: 8 tokens for each unit
     upcoming = [rows.training_batch(3, step, 8).input_ids for step in (2, 3)]
     assert torch.equal(torch.cat([b.input_ids for b in batches]), torch.cat(upcoming)[:13])
+
+
+def test_fits_use_unmasked_rows_of_all_lengths(tokenizer):
+    """Those of a step have one length, so that a fit on the rows of a single step would know this length only."""
+    teacher = random_bert()
+    teacher.cls = None
+    session = SimpleNamespace(args=SimpleNamespace(seed=0, batch_size=500, seq_length=128), micro_batch_size=64,
+                              rows=UnmaskedRows(np.arange(126 * 600) % 100, 128, tokenizer), device="cpu",
+                              teacher=teacher)
+    ids = [batch.input_ids for batch in fit_batches(session, units=768, step=0)]
+    assert {rows.shape[1] for rows in ids} == {16, 32, 64, 128} and sum(map(torch.numel, ids)) >= 8 * 768
+
+
+def test_kept_units_that_are_all_zero_are_no_obstacle_to_a_fit():
+    bert = random_bert()
+    layer = bert.bert.layers[0]
+    for linear in (layer.attention["self"].value, layer.intermediate["dense"]):
+        linear.weight.data.zero_()
+        linear.bias.data.zero_()
+    expected = outputs(bert)
+    keep = {group: torch.arange(3) for group in ("value_output.0", "feed_forward.0")}
+    compensate(as_distiller(bert), keep, random_batches())
+    assert_same(outputs(bert), expected)
 
 
 # ---- On the bundled teacher ----------------------------------------------------------------------------------
@@ -378,6 +401,21 @@ def test_both_extensions_in_a_run_bring_the_student_closer_with_any_micro_batch_
     ids = torch.arange(5, 37).reshape(2, 16)
     standard = AutoModelForMaskedLM.from_pretrained(tmp_path / "run" / "student").eval()(ids)
     torch.testing.assert_close(standard.logits.flatten(0, 1), student(ids, torch.arange(32)).logits)
+
+
+def test_heads_are_aligned_before_a_student_is_truncated(checkpoint, corpus, tmp_path):
+    """Only then are the first dimensions of a head its strongest, and W_o W_v of the truncated heads is closer to the
+    teacher's. Alignment afterwards would not change that product."""
+    def products(folder, width):
+        attention = [layer.attention for layer in load_model(folder).bert.layers]
+        return [a["output"].dense.weight[:width] @ a["self"].value.weight[:, :width] for a in attention]
+
+    errors = []
+    for i, flags in enumerate(([], ["--align-heads"])):
+        run(checkpoint, corpus, tmp_path / str(i), "--init", "truncated", "--learning-rate", "0", *flags)
+        pairs = zip(products(tmp_path / str(i) / "run" / "student", 16), products(checkpoint, 16), strict=True)
+        errors.append(sum((student - teacher).norm().item() for student, teacher in pairs))
+    assert errors[1] < 0.9 * errors[0]
 
 
 def test_both_extensions_work_for_a_teacher_without_head_and_pooler(checkpoint, corpus, tmp_path):
