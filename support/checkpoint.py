@@ -11,8 +11,7 @@ from tokenizers import BertWordPieceTokenizer, Tokenizer, models, normalizers, p
 
 from model import ACTIVATIONS, Bert, BertConfig
 from support.errors import InputError, one_line
-from support.files import read_json
-from support.hub import WEIGHT_FILES
+from support.files import WEIGHT_FILES, read_json
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # BERT's names; others come from tokenizer_config.json
 BERT_TOKENS = {token.strip("[]").lower(): token for token in SPECIAL_TOKENS}  # {"pad": "[PAD]", ...}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from support.errors import InputError, one_line
 
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that exists is used
 MODEL_FILES = ("config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")
 
@@ -68,7 +69,10 @@ def file_hash(path: Path) -> str:
 
 def model_fingerprint(folder: Path) -> str:
     """A hash of everything that makes up a model: weights, shape, tokenizer, and the modules of a sentence encoder."""
+    def weights(folder: Path) -> str | None:
+        return next((name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+
     paths = sorted([*folder.iterdir(), *folder.glob("[0-9]*_*/*")])
-    parts = [f"{path.relative_to(folder)} {file_hash(path)}" for path in paths if path.suffix in
-             (".safetensors", ".bin") or path.name in MODEL_FILES]
+    parts = [f"{path.relative_to(folder)} {file_hash(path)}" for path in paths
+             if path.name in (weights(path.parent), *MODEL_FILES)]
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]

@@ -1,6 +1,7 @@
 """Models and data sets from the hub."""
 
 import collections
+import contextlib
 import json
 import logging
 import os
@@ -10,12 +11,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from support.errors import InputError, one_line
-from support.files import locked, write_atomically
+from support.files import WEIGHT_FILES, locked, write_atomically
 
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that exists is used
 OPTIONAL_FILES = {"tokenizer_config.json", "special_tokens_map.json", "README.md", "modules.json",
                   "config_sentence_transformers.json", "sentence_bert_config.json"}  # three of a sentence encoder
-LISTING = ".listing"  # in the folder of a data set: all its file names, as most files may not have been downloaded
+LISTING = ".listing"  # in a folder of the cache: the names of all files of the repository, also of those not downloaded
 
 
 class HubFile(NamedTuple):
@@ -65,32 +65,34 @@ def hub_files(name: str, kind: str, wanted: Callable[[list[str]], list[str]], do
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retry messages are not for our users
-    try:
+    cached = None  # the folder in the cache, in which files may be missing
+    with contextlib.suppress(LocalEntryNotFoundError, HFValidationError):
         # Without patterns the library would miss the files that we never ask for
-        folder = snapshot_download(name, repo_type=kind, local_files_only=True, allow_patterns=[])
-        if not download and Path(folder, LISTING).is_file():
-            return folder, wanted(json.loads(Path(folder, LISTING).read_text()))
-        files = wanted([str(p.relative_to(folder)) for p in Path(folder).rglob("*") if p.is_file()])
-        # (name, count) -> how many
-        parts = collections.Counter(re.findall(r"(.*)[-.]\d+-of-(\d+)\.", "\n".join(files)))
-        if all(present == int(count) for (_, count), present in parts.items()):
-            return folder, files
-    except (LocalEntryNotFoundError, HFValidationError, InputError):
-        pass  # not in the cache, or only a part of it
+        cached = Path(snapshot_download(name, repo_type=kind, local_files_only=True, allow_patterns=[]))
+    if cached and (cached / LISTING).is_file():
+        files = wanted(json.loads((cached / LISTING).read_text()))
+        if not download or all((cached / file).is_file() for file in files):
+            return str(cached), files
     try:
         info = HfApi().repo_info(name, repo_type=kind, timeout=5)  # one request, no retries: quick to fail
         names = [sibling.rfilename for sibling in info.siblings]
         files = wanted(names)
         folder = snapshot_download(name, repo_type=kind, allow_patterns=files if download else [])
-        if not download:
-            os.makedirs(folder, exist_ok=True)
-            with locked(Path(folder)):
-                write_atomically(Path(folder, LISTING), json.dumps(names))
+        os.makedirs(folder, exist_ok=True)
+        with locked(Path(folder)):
+            write_atomically(Path(folder, LISTING), json.dumps(names))
         return folder, files
     except InputError:
         raise
-    except RepositoryNotFoundError:
-        raise InputError(f"{name}: there is no such folder here and no such public {kind} on the hub") from None
     except Exception as error:  # the hub's client raises its transport's own exceptions: all mean "not to be had"
+        if cached:  # another program may have put all that is needed into the cache
+            with contextlib.suppress(InputError):
+                files = wanted([str(path.relative_to(cached)) for path in cached.rglob("*") if path.is_file()])
+                # (name, count) -> how many
+                parts = collections.Counter(re.findall(r"(.*)[-.]\d+-of-(\d+)\.", "\n".join(files)))
+                if all(present == int(count) for (_, count), present in parts.items()):
+                    return str(cached), files
+        if isinstance(error, RepositoryNotFoundError):
+            raise InputError(f"{name}: there is no such folder here and no such public {kind} on the hub") from None
         raise InputError(f"{name}: no such folder here, not in the hub's cache, and the hub did not deliver it "
                          f"({one_line(error)}); check the name and the network, or give a local folder") from None

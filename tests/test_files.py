@@ -73,6 +73,7 @@ def test_fingerprint_changes_with_weights_shape_tokenizer_and_modules_only(check
     original = files.model_fingerprint(folder)
     assert original == files.model_fingerprint(checkpoint)
     (folder / "README.md").write_text("not a part of the model")
+    (folder / "pytorch_model.bin").write_bytes(b"not used, as there is model.safetensors")
     assert files.model_fingerprint(folder) == original
     fingerprints = {original}
     names = ["model.safetensors", "config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json",
