@@ -34,10 +34,10 @@ from support import distributed
 from support.batches import Row, make_batch, training_batches
 from support.checkpoint import load_config, load_model, load_tokenizer, save_model, save_tokenizer
 from support.distributed import RANK, WORLD
-from support.errors import InputError, run_program
+from support.errors import InputError, LocalError, run_program
 from support.files import atomic_rename, model_fingerprint, read_json
 from support.flags import Parser, number
-from support.glue import GLUE_AVERAGE, TASKS, encode, find_data, read_task
+from support.glue import GLUE_AVERAGE, TASKS, data_hash, encode, find_data, read_task
 from support.hub import find_model
 from support.metrics import METRICS, squad_scores
 from support.squad import best_answers, make_windows
@@ -61,6 +61,7 @@ class Job:
     task: str
     seed: int
     data: str  # folder, or "hub"
+    data_hash: str | None  # of its files; None for the hub
     weights: str  # fingerprint of the model
     bf16: bool
     learning_rate: float  # peak
@@ -210,7 +211,7 @@ def fine_tune(folder: Path, rows: dict[str, list[Row]], job: Job, device) -> tup
             optimizer.zero_grad()
             step += 1
         if not torch.isfinite(loss):  # read once an epoch, because reading every loss makes the GPU wait
-            raise InputError(f"{job}: the loss is not finite after {step} steps; try a smaller --learning-rate")
+            raise LocalError(f"{job}: the loss is not finite after {step} steps; try a smaller --learning-rate")
         metrics = evaluate(net, rows, job, device)
         score = statistics.fmean(metrics.values())
         if score > best_score:
@@ -310,8 +311,8 @@ def make_jobs(model: str, args: argparse.Namespace, sources: dict[str, Path | No
     for key, source in sources.items():
         settings = DEFAULTS | TASK_DEFAULTS.get(key, {}) | given
         settings["max_length"] = min(settings["max_length"], positions)
-        data = "hub" if source is None else str(source.resolve())
-        jobs += [Job(model, key, seed, data, weights, bf16, **settings) for seed in dict.fromkeys(args.seeds)]
+        data = ("hub", None) if source is None else (str(source.resolve()), data_hash(source, key))
+        jobs += [Job(model, key, seed, *data, weights, bf16, **settings) for seed in dict.fromkeys(args.seeds)]
     return jobs
 
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from support.errors import InputError
+from support.errors import InputError, LocalError
 
 RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in (
     ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # set by torchrun
@@ -25,7 +25,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from glibc's malloc.h
 
 def find_device(name: str) -> torch.device:
     """The device named by --device. With several processes each takes its own GPU. Raises InputError."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,2})?", name):
         raise InputError(f"--device {name}: use auto, cpu, cuda or cuda:N")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -33,7 +33,7 @@ def find_device(name: str) -> torch.device:
     if device.type == "cuda":
         device = torch.device("cuda", LOCAL_RANK if WORLD > 1 else device.index or 0)
         if device.index >= torch.cuda.device_count():
-            raise InputError(f"--device {name}: process {RANK} would need CUDA device {device.index}, but there are "
+            raise LocalError(f"--device {name}: process {RANK} would need CUDA device {device.index}, but there are "
                              f"{torch.cuda.device_count()} CUDA devices here")
         torch.cuda.set_device(device)
         # Torch prefers cuDNN's attention on some GPUs. It makes a plan for every new (B,S), which takes half a second.

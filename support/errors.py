@@ -11,6 +11,10 @@ class InputError(Exception):
     """A mistake in what the user gave. Its message is one line that says what is wrong and how to fix it."""
 
 
+class LocalError(InputError):
+    """An InputError in one of several processes, which the others do not meet."""
+
+
 class Interrupted(Exception):
     """A signal asked the run to stop, and its state has been saved. Arguments: the message and the exit code."""
 
@@ -36,11 +40,11 @@ def run_program(program: str, work: Callable[[], None], resume_hint: str, memory
     except KeyboardInterrupt:
         message, code = f"interrupted; {resume_hint}", 130
     except InputError as error:
-        message, code = f"error: {error}", 2
-    except RuntimeError as error:  # torch's own, or of cuBLAS, cuDNN or NCCL
-        if not re.search("out of memory|ALLOC_FAILED", str(error)):
+        message, code, for_all = f"error: {error}", 2, not isinstance(error, LocalError)
+    except (MemoryError, RuntimeError) as error:  # torch's own, or of cuBLAS, cuDNN or NCCL
+        if isinstance(error, RuntimeError) and not re.search("of memory|allocate memory|ALLOC_FAILED", str(error)):
             raise
-        message, code, for_all = f"error: the GPU's memory is full; {memory_hint}", 2, False
+        message, code, for_all = f"error: the memory is full; {memory_hint}", 2, False
     except OSError as error:  # a full disk, a folder that may not be written
         message, code, for_all = f"error: {one_line(error)}; {resume_hint}", 2, False
     if RANK == 0 or not for_all:

@@ -6,12 +6,14 @@
 """
 
 import dataclasses
+import hashlib
 from pathlib import Path
 
 import numpy as np
 
 from support.batches import Example, Row, pair_template, tokenise
 from support.errors import InputError, one_line
+from support.files import file_hash
 from support.hub import hub_files
 from support.squad import read_squad
 
@@ -75,6 +77,12 @@ def split_names(key: str) -> list[str]:
 
 def find_split(folder: Path, key: str, split: str) -> Path | None:
     return min(folder.glob(TASKS[key].file.format(split)), default=None)
+
+
+def data_hash(folder: Path, key: str) -> str:
+    """A hash of the task's files in its folder."""
+    files = filter(None, (find_split(folder, key, split) for split in split_names(key)))
+    return hashlib.sha256("".join(map(file_hash, files)).encode()).hexdigest()[:16]
 
 
 def find_data(root: str | None, keys: list[str], skip_missing: bool) -> dict[str, Path | None]:

@@ -74,8 +74,10 @@ def stored(tmp_path) -> list[dict]:
 
 
 def make_job(**changes) -> Job:
-    return Job(**dict(model="m", task="rte", seed=0, data="d", weights="w", learning_rate=1e-3, batch_size=8, epochs=1,
-                      max_steps=None, max_length=32, warmup=0.1, weight_decay=0.01, dropout=None, bf16=False) | changes)
+    defaults = {"model": "m", "task": "rte", "seed": 0, "data": "d", "data_hash": "h", "weights": "w", "bf16": False,
+                "learning_rate": 1e-3, "batch_size": 8, "epochs": 1, "max_steps": None, "max_length": 32,
+                "warmup": 0.1, "weight_decay": 0.01, "dropout": None}
+    return Job(**defaults | changes)
 
 
 def rte_rows(rte, tokenizer, max_length=32) -> dict[str, list[Row]]:
@@ -532,6 +534,14 @@ def test_an_interrupted_overwrite_continues_without_the_flag(start, recorded, tm
     recorded.clear()
     assert start("--max-steps", 2, "--seeds", 0, 1) == 0
     assert [job.seed for job in recorded] == [1] and [entry["max_steps"] for entry in stored(tmp_path)] == [2, 2]
+
+
+def test_a_result_of_other_data_in_the_same_folder_is_refused(start, tmp_path, capsys):
+    source = write_glue("rte", tmp_path / "RTE")
+    assert start("--max-steps", 1, source=source) == 0
+    with open(source / "dev.tsv", "ab") as stream:
+        stream.write(b"\n")
+    assert_one_line_error(start("--max-steps", 1, source=source), capsys, ["data_hash", "--overwrite"])
 
 
 def test_bad_data_costs_no_finished_result(start, tmp_path, capsys):

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import distill
 from data import MaskedRows
 from support import distributed, run_folder
-from support.errors import Interrupted
+from support.errors import InputError, Interrupted, LocalError, run_program
 from support.files import model_fingerprint
 from support.session import Session, graceful_stop
 
@@ -341,8 +341,10 @@ def test_a_signal_during_the_exchange_between_processes_is_reported_to_all_in_th
 @pytest.mark.parametrize("failure", [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
     torch.AcceleratorError("CUDA error: out of memory"),
-    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")], ids=str)
-def test_a_full_gpu_is_reported_in_one_line(runs, tmp_path, monkeypatch, capsys, failure):
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory"),
+    MemoryError("Unable to allocate 2 GiB")], ids=str)
+def test_a_full_memory_is_reported_in_one_line(runs, tmp_path, monkeypatch, capsys, failure):
     def full(*_):
         raise failure
 
@@ -350,6 +352,16 @@ def test_a_full_gpu_is_reported_in_one_line(runs, tmp_path, monkeypatch, capsys,
     assert runs.distill(tmp_path / "run") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "--micro-batch-size" in error
+
+
+@pytest.mark.parametrize("error, printed", [(LocalError("mine"), "p: error: mine\n"), (InputError("of all"), "")])
+def test_of_several_processes_one_prints_a_common_error_and_each_its_own(monkeypatch, capsys, error, printed):
+    def work():
+        raise error
+
+    monkeypatch.setattr(distributed, "RANK", 1)
+    assert run_program("p", work, "", "") == 2
+    assert capsys.readouterr().err == printed
 
 
 def test_an_error_of_the_program_keeps_its_stack_trace(runs, tmp_path, monkeypatch):
