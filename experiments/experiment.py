@@ -162,7 +162,7 @@ def plot_dots(axis, rows: list[dict], value, label: str):
 
 def header(argv: list[str]) -> dict:
     """Where, when and how a result was made. Of files only the names are kept."""
-    argv = [Path(word).name if os.sep in word else word for word in argv]
+    argv = [re.sub(r"(^|(?<==))/\S*/", "", word) for word in argv]
     cpu = Path("/proc/cpuinfo")
     machine = re.findall(r"model name\s*: (.*)", cpu.read_text())[0] if cpu.is_file() else platform.machine()
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "tokenizers")}

@@ -24,6 +24,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from model import BertConfig  # noqa: E402
 from support.checkpoint import load_model  # noqa: E402
 from support.errors import InputError  # noqa: E402
 from support.hub import find_model  # noqa: E402
@@ -52,21 +53,22 @@ class Student(nn.Module):
         return outputs
 
 
-def example(vocab_size: int, rows: int, length: int) -> tuple[torch.Tensor, ...]:
-    """Random ids with padding at the end of every row but the first, and two segments."""
+def example(config: BertConfig, rows: int, length: int) -> tuple[torch.Tensor, ...]:
+    """Random ids with padding at the end of every row but the first, and two segments if the model knows two."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocab_size, (rows, length), generator=generator)
+    ids = torch.randint(config.vocab_size, (rows, length), generator=generator)
     lengths = torch.randint(1, length + 1, (rows, 1), generator=generator)
     lengths[0] = length
     mask = (torch.arange(length) < lengths).long()
-    return ids, mask, (torch.arange(length) >= length // 2).long().expand(rows, length).contiguous()
+    second = (torch.arange(length) >= length // 2).long() * min(1, config.type_vocab_size - 1)
+    return ids, mask, second.expand(rows, length).contiguous()
 
 
 @torch.no_grad()
 def export(student: Student, path: Path):
     """Write the student to `path`, for any batch size and length."""
     config = student.bert.config
-    inputs = example(config.vocab_size, 2, 8)
+    inputs = example(config, 2, 8)
     shape = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=config.max_position_embeddings)}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -90,7 +92,7 @@ def check(student: Student, paths: list[Path]) -> bool:
     hidden states."""
     config = student.bert.config
     rows, length = 8, min(64, config.max_position_embeddings)
-    inputs = example(config.vocab_size, rows, length)
+    inputs = example(config, rows, length)
     feeds = {name: tensor.numpy() for name, tensor in zip(INPUTS, inputs, strict=True)}
     token = inputs[1].bool()  # what is computed at padding does not matter
     ours = student(*inputs)

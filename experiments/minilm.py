@@ -23,7 +23,7 @@ from sentences import Judge, pooled_teacher
 
 from distill import learning_rate
 from model import Bert
-from support.checkpoint import load_model, save_model
+from support.checkpoint import load_config, load_model, save_model
 from support.evaluation import sentence_agreement
 from support.squad import read_squad
 
@@ -120,7 +120,7 @@ def milliseconds_per_row(models: dict[str, Path]) -> dict[str, dict[str, float]]
     """Model -> library -> milliseconds."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    inputs = export_onnx.example(8000, 16, 128)
+    inputs = export_onnx.example(load_config(models["teacher"]), 16, 128)
     tensors = dict(zip(export_onnx.INPUTS, inputs, strict=True)) | {"attention_mask": torch.ones_like(inputs[1])}
     arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
     calls, times = {}, {}

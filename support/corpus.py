@@ -97,7 +97,7 @@ def read_pieces(path: Path | HubFile, progress: tqdm, columns: Sequence[str]) ->
                 plain = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
                 if b"\0" in plain.peek(4096)[:4096]:
                     raise InputError(f"corpus {path}: binary data, not text")
-                text = io.TextIOWrapper(plain, encoding="utf-8", errors="replace")
+                text = io.TextIOWrapper(plain, encoding="utf-8-sig", errors="replace")
                 if path.name.removesuffix(".gz").endswith((".json", ".jsonl")):
                     pieces = record_pieces(path, json_records(text, columns), columns)
                 else:

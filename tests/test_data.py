@@ -159,6 +159,13 @@ def test_characters_that_are_not_utf8_are_replaced_and_counted(tmp_path, tokeniz
     assert capsys.readouterr().err == ""
 
 
+def test_a_byte_order_mark_is_not_text(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "the king"}\n')
+    (tmp_path / "x.txt").write_bytes(b"\xef\xbb\xbf = Title = \n\nthe queen\n\nthe sea\n")
+    assert read(tmp_path / "x.jsonl") == ["the king"]
+    assert len(read(tmp_path / "x.txt")) == 1  # an article
+
+
 def test_half_surrogate_pairs_in_json_are_replaced(tmp_path, tokenizer):
     path = tmp_path / "x.jsonl"
     path.write_text('{"text": "the \\ud83d king"}\n{"text": "the \\ud83d\\ude42 king"}\n')

@@ -46,7 +46,7 @@ def test_an_exported_student_computes_the_same_in_onnxruntime(checkpoint, tmp_pa
     assert "largest difference" in capsys.readouterr().out
     session = export_onnx.onnxruntime.InferenceSession(path)
     assert [o.name for o in session.get_outputs()] == ["last_hidden_state", "logits"][:2 if head else 1]
-    inputs = export_onnx.example(bert.config.vocab_size, 5, 11)
+    inputs = export_onnx.example(bert.config, 5, 11)
     hidden = session.run(None, {k: v.numpy() for k, v in zip(export_onnx.INPUTS, inputs, strict=True)})[0]
     with torch.no_grad():
         ours = bert(inputs[0], None, inputs[2], inputs[1]).hidden[-1].numpy()

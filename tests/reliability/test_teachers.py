@@ -80,6 +80,22 @@ def test_the_script_trains_a_teacher_on_a_text(train, tmp_path, capsys):
     assert (tmp_path / "teacher" / "vocab.txt").read_text().startswith("[PAD]\n[UNK]\n")
 
 
+def test_the_vocabulary_is_made_from_the_beginning_of_a_corpus(train, monkeypatch):
+    """So that of a large hub corpus one file is downloaded for it."""
+    import train_teacher
+
+    def pieces(*_):
+        for number in range(1000):
+            read.append(number)
+            yield number, f"w{number}"
+
+    read: list[int] = []
+    monkeypatch.setattr(train_teacher, "numbered_pieces", pieces)
+    monkeypatch.setattr(train_teacher, "VOCABULARY_PIECES", 80)
+    train_teacher.train_vocabulary(["demo"])
+    assert 72 < len(read) <= 80
+
+
 def test_the_script_puts_a_masked_lm_head_onto_an_encoder(train, tmp_path):
     small = load_model(TEACHERS / "small")
     small.cls = None
