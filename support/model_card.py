@@ -12,18 +12,13 @@ print(model.similarity(vectors, vectors))""",
 model = pipeline("TASK", ".")  # this folder, or its name on the hub
 print(model(f"The river is {model.tokenizer.mask_token}."))""",
 }
-START = {
-    "teacher": "The student started as its teacher and was pruned while it was distilled",
-    "truncated": "The student started with the first units of its teacher and was distilled",
-    "random": "The student started with random weights and was distilled",
-}
 CARD = """---
 {metadata}
 ---
 
 # {name}, distilled to hidden size {width}
 
-{start} (HomoDistil, Liang et al., ICLR 2023).
+Distilled from its teacher by the method of HomoDistil (Liang et al., ICLR 2023), with the command below.
 Quality on held-out text, ± the standard error:
 
 ```
@@ -62,6 +57,5 @@ def model_card(args, task: str, teacher_folder: Path, versions: dict[str, str], 
         datasets=corpora or None, tags=["bert", "distillation", "pruning", "homodistil"])
     return CARD.format(
         metadata=data.to_yaml(), name=Path(args.teacher).resolve().name, width=args.target_width, table=table,
-        start=START[args.init],
         usage=USAGE[library].replace("TASK", task), command=args.command,
         versions=", ".join(f"{name} {version}" for name, version in versions.items() if version))

@@ -221,7 +221,6 @@ MUTANTS = [
     ("support/files.py", '*folder.glob("[0-9]*_*/*")', "", "files", "fingerprint"),
     ("support/glue.py", '"".join(map(file_hash, files)).encode()', 'b""', "finetune", "other_data"),
     ("support/corpus.py", "utf-8-sig", "utf-8", "data", "byte_order"),
-    ("support/model_card.py", "START[args.init]", 'START["teacher"]', "model_card", "hub_are_named"),
     ("teachers/train_teacher.py", "0, VOCABULARY_PIECES, 8", "0, None, 8", "teachers", "vocabulary"),
     ("support/files.py", "(weights(path.parent), *MODEL", "(*WEIGHT_FILES, *MODEL", "files", "fingerprint"),
     ("extensions/compensate.py", "mean().clamp(min=1e-12) * torch.eye(rows)", "mean() * torch.eye(rows)", "extensions",
