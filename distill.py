@@ -53,8 +53,8 @@ METHOD_FLAGS = (
          "teacher. demo: minutes on a CPU, no network."),
     Flag("--target-width", None, int, "Hidden size D of the student. Default: half of the teacher's."),
     Flag("--target-intermediate", None, int, "Feed-forward size F of the student. Default: in proportion to D."),
-    Flag("--target-heads", None, int, "Attention heads H of the student. Default: the most, from the teacher's to half "
-         "as many, that divide D into heads no wider than the teacher's."),
+    Flag("--target-heads", None, int, "Attention heads H of the student. Default: the largest number, from the "
+         "teacher's down to half of it, that divides D into heads no wider than the teacher's."),
     Flag("--steps", 28_000, COUNT, "Optimizer steps."),
     Flag("--batch-size", 4096, COUNT, "Rows per step, over all micro-batches and processes."),
     Flag("--learning-rate", 3e-4, NONNEGATIVE, "Peak learning rate. The paper uses 6e-4 for its smaller students."),
@@ -205,7 +205,7 @@ def initial_state(args: argparse.Namespace, session: Session) -> TrainingState:
     distiller = Distiller(student, alphas, args.temperature, session.encoder).to(session.device).train()
     state = TrainingState(0, session.teacher_shape, distiller, make_optimizer(distiller, args.weight_decay),
                           prune.teacher_indices(distiller))
-    if args.align_heads and not session.saved:
+    if args.align_heads and not session.saved:  # before a student is truncated
         align_heads(student, fit_batches(session, state.shape.hidden_size, step=0))
     if session.saved:
         session.restore(state)
@@ -326,7 +326,7 @@ def run(args: argparse.Namespace):
 
 def main(argv: list[str] | None = None) -> int:
     return run_program("distill.py", lambda: run(parse_arguments(argv)),
-                       resume_hint="rerun with --resume --output RUN, or without --resume if RUN has no run.json",
+                       resume_hint="to continue, rerun with --resume --output FOLDER, or as before if that has no run",
                        memory_hint="use a smaller --micro-batch-size")
 
 

@@ -81,7 +81,7 @@ def teacher_indices(model: nn.Module) -> dict[str, torch.Tensor]:
 
 # ---- How important each unit is ------------------------------------------------------------------------------
 
-PLATON_DECAY = 0.85  # of both averages, as in PLATON's scripts
+PLATON_DECAY = 0.85  # of both averages, per step; PLATON's scripts have 0.85 and 0.65 to 0.95, per 10 steps
 
 
 def sum_per_unit(bert: Bert, score: Callable[[str, nn.Parameter], torch.Tensor | None]) -> dict[str, torch.Tensor]:
@@ -172,9 +172,9 @@ def scheduled_shape(step: float, start: float, end: float, teacher: Shape, targe
                     power: float = 3) -> Shape:
     """The shape after `step` steps of the cubic schedule (HomoDistil, section 3.2).
 
-    Every width is r(t) = r_f + (1 - r_f) fraction_to_prune(t) of the teacher's, rounded to a multiple of `granularity`
-    hidden dimensions, 4 times as many feed-forward neurons, a quarter as many dimensions of a head; of all that are
-    pruned, if these are fewer. Whole heads are pruned first, as long as the remaining heads can hold the width H*K.
+    Every width is r(t) = r_f + (1 - r_f) fraction_to_prune(t) of the teacher's. What is pruned is rounded to a multiple
+    of `granularity` hidden dimensions, 4 times as many feed-forward neurons, a quarter as many dimensions of a head, or
+    is all of it if that is less. Whole heads are pruned first, as long as the other heads can hold the width H*K.
     """
     fraction = fraction_to_prune(step, start, end, power)
     if fraction in (0, 1):
@@ -185,7 +185,7 @@ def scheduled_shape(step: float, start: float, end: float, teacher: Shape, targe
 
     def round_to_multiple(size: float, multiple: int, full: int, final: int) -> int:
         multiple = max(1, min(multiple, full - final))
-        return min(full, max(final, round(size / multiple) * multiple))
+        return max(final, full - round((full - size) / multiple) * multiple)
 
     hidden, intermediate = (lerp(teacher[i], target[i]) for i in (0, 1))
     inner = lerp(teacher.num_heads * teacher.head_size, target.num_heads * target.head_size)

@@ -161,8 +161,8 @@ def plot_dots(axis, rows: list[dict], value, label: str):
 
 
 def header(argv: list[str]) -> dict:
-    """Where, when and how a result was made. Of files only the names are kept."""
-    argv = [re.sub(r"(^|(?<==))/\S*/", "", word) for word in argv]
+    """Where, when and how a result was made. Of absolute paths only the names are kept."""
+    argv = [re.sub(r"(^|=)/.*/(?=[^/])", r"\1", word) for word in argv]
     cpu = Path("/proc/cpuinfo")
     machine = re.findall(r"model name\s*: (.*)", cpu.read_text())[0] if cpu.is_file() else platform.machine()
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "tokenizers")}

@@ -25,6 +25,7 @@ from distill import learning_rate
 from model import Bert
 from support.checkpoint import load_config, load_model, save_model
 from support.evaluation import sentence_agreement
+from support.files import write_atomically
 from support.squad import read_squad
 
 SEARCH = {"steps": 150, "batch_size": 16}
@@ -151,10 +152,11 @@ def measure(args) -> dict:
               "half the width": smaller_width(judge, args, rates[0], **HALF),
               "a third of the width": smaller_width(judge, args, rates[0], **THIRD),
               "every second layer": every_second_layer(judge, args, rates[1], **LAYERS)}
-    index, rows = judge.encoder.vectors(judge.teacher, search.paragraphs), []  # of the teacher
+    rows = []
     for arm, folder in models.items():
-        scores = folder / "scores.json"  # kept, because judging takes minutes
+        scores = folder / "scores.json"  # kept, because judging takes minutes; delete them for other data
         if not scores.is_file():
+            index = judge.encoder.vectors(judge.teacher, search.paragraphs)  # of the teacher
             functions = judge.vectors(folder)
             row = judge(folder, functions)
             for name, vectors in functions.items():
@@ -164,7 +166,7 @@ def measure(args) -> dict:
                 if questions.shape[1] == index.shape[1]:
                     row |= {f"{key}_{name}_in_teacher_index": value
                             for key, value in search.scores(questions, index).items()}
-            scores.write_text(json.dumps(row))
+            write_atomically(scores, json.dumps(row))
         rows.append({"arm": arm} | json.loads(scores.read_text()))
         print(rows[-1], flush=True)
     times = milliseconds_per_row(models)

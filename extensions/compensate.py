@@ -17,7 +17,7 @@ from data import Batch
 from extensions.align_heads import extended
 from model import Bert, LayerNorm, Linear
 
-STEPS = 16  # of which a fit has unmasked rows: those of a step have one length
+UNMASKED_STEPS = 16  # steps from which a fit takes unmasked rows, as all rows of a step have one length
 TOKENS_PER_UNIT = 8  # tokens per unit in a fit; fewer overfit, twice as many cost twice the time and gain little
 RIDGE = 1e-3  # times the mean of the diagonal, added to that of every fit; it draws the fit to the plain prune
 UNMASKED_WEIGHT = 0.2  # weight of an unmasked token; all of them together count about as much as the masked ones
@@ -30,7 +30,8 @@ def fit_batches(session, units: int, step: int) -> Iterator[Batch]:
     """
     args, rows = session.args, session.rows
     wanted = math.ceil(TOKENS_PER_UNIT * units / args.seq_length)  # rows
-    per_step = args.batch_size if session.teacher.cls is not None else min(args.batch_size, math.ceil(wanted / STEPS))
+    steps = 1 if session.teacher.cls is not None else UNMASKED_STEPS
+    per_step = min(args.batch_size, math.ceil(wanted / steps))
     while wanted > 0:
         for begin in range(0, min(per_step, wanted), session.micro_batch_size):
             end = min(begin + session.micro_batch_size, per_step, wanted)

@@ -11,7 +11,7 @@ from tokenizers import BertWordPieceTokenizer, Tokenizer, models, normalizers, p
 
 from model import ACTIVATIONS, Bert, BertConfig
 from support.errors import InputError, one_line
-from support.files import WEIGHT_FILES, read_json
+from support.files import WEIGHT_FILES, read_json, weight_file
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # BERT's names; others come from tokenizer_config.json
 BERT_TOKENS = {token.strip("[]").lower(): token for token in SPECIAL_TOKENS}  # {"pad": "[PAD]", ...}
@@ -59,7 +59,7 @@ def save_config(config: BertConfig, folder: Path, architecture: str):
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint in float32, from the first of WEIGHT_FILES that exists; no code in it is executed.
     Raises InputError."""
-    path = next((Path(folder) / name for name in WEIGHT_FILES if (Path(folder) / name).is_file()), None)
+    path = weight_file(Path(folder))
     if path is None:
         raise InputError(f"{folder} contains no {' and no '.join(WEIGHT_FILES)}")
     try:

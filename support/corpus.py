@@ -52,7 +52,7 @@ def corpus_files(corpora: list[str]) -> Files:
         if corpus.startswith("hub:"):
             name, _, config = corpus[4:].partition(":")
             folder, names = hub_files(name, "dataset", functools.partial(hub_texts, corpus, config), download=False)
-            files += [HubFile(name, Path(folder).name, file) for file in names]
+            files += [HubFile(name, folder.name, file) for file in names]
         elif corpus != "demo":
             paths = sorted(Path(corpus).rglob("*")) if os.path.isdir(corpus) else [Path(corpus)]
             found = [path for path in paths if path.name.endswith(SUFFIXES) and os.path.isfile(path)]

@@ -12,7 +12,7 @@ class InputError(Exception):
 
 
 class LocalError(InputError):
-    """An InputError in one of several processes, which the others do not meet."""
+    """An InputError that not all processes meet, so that each prints its own."""
 
 
 class Interrupted(Exception):
@@ -42,7 +42,7 @@ def run_program(program: str, work: Callable[[], None], resume_hint: str, memory
     except InputError as error:
         message, code, for_all = f"error: {error}", 2, not isinstance(error, LocalError)
     except (MemoryError, RuntimeError) as error:  # torch's own, or of cuBLAS, cuDNN or NCCL
-        if isinstance(error, RuntimeError) and not re.search("of memory|allocate memory|ALLOC_FAILED", str(error)):
+        if not re.search("MemoryError|[Oo]ut of memory|allocate memory|ALLOC_FAILED", repr(error)):
             raise
         message, code, for_all = f"error: the memory is full; {memory_hint}", 2, False
     except OSError as error:  # a full disk, a folder that may not be written

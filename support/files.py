@@ -67,12 +67,14 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def weight_file(folder: Path) -> Path | None:
+    """The first of WEIGHT_FILES that exists."""
+    return next((path for name in WEIGHT_FILES if (path := folder / name).is_file()), None)
+
+
 def model_fingerprint(folder: Path) -> str:
     """A hash of everything that makes up a model: weights, shape, tokenizer, and the modules of a sentence encoder."""
-    def weights(folder: Path) -> str | None:
-        return next((name for name in WEIGHT_FILES if (folder / name).is_file()), None)
-
     paths = sorted([*folder.iterdir(), *folder.glob("[0-9]*_*/*")])
     parts = [f"{path.relative_to(folder)} {file_hash(path)}" for path in paths
-             if path.name in (weights(path.parent), *MODEL_FILES)]
+             if path == weight_file(path.parent) or path.name in MODEL_FILES]
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]

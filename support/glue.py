@@ -190,7 +190,7 @@ def read_hub(key: str) -> dict[str, list[Example]]:
     folder, files = hub_files(repository, "dataset", wanted)
     splits = {}
     for split in split_names(key):
-        paths = [Path(folder, file) for file in files if split_of(file) == split]
+        paths = [folder / file for file in files if split_of(file) == split]
         try:
             splits[split] = [example_of(row, key) for row in pyarrow.parquet.read_table(paths).to_pylist()]
         except (pyarrow.ArrowException, OSError, KeyError, TypeError, ValueError) as error:

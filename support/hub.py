@@ -49,14 +49,14 @@ def find_model(name: str) -> Path:
         modules = [file for file in files if re.fullmatch(rf"\d+_\w+/(config\.json|{'|'.join(WEIGHT_FILES)})", file)]
         return [*weights, *tokenizer, "config.json", *modules, *(OPTIONAL_FILES & set(files))]
 
-    return Path(name if os.path.isdir(name) else hub_files(name, "model", wanted)[0])
+    return Path(name) if os.path.isdir(name) else hub_files(name, "model", wanted)[0]
 
 
-def hub_files(name: str, kind: str, wanted: Callable[[list[str]], list[str]], download=True) -> tuple[str, list[str]]:
+def hub_files(name: str, kind: str, wanted: Callable[[list[str]], list[str]], download=True) -> tuple[Path, list[str]]:
     """The local folder of a hub repository and the names of its needed files, from the hub's cache if they are there.
 
     kind: "model" or "dataset". wanted: maps all file names of the repository to those that are needed; its InputError
-    means that the repository lacks some. Without `download` the folder may lack files, whose names are then in LISTING.
+    means that the repository lacks some. Without `download` the folder may lack them.
     Raises InputError if the files are neither in the cache nor on the hub.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -66,21 +66,22 @@ def hub_files(name: str, kind: str, wanted: Callable[[list[str]], list[str]], do
 
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retry messages are not for our users
     cached = None  # the folder in the cache, in which files may be missing
-    with contextlib.suppress(LocalEntryNotFoundError, HFValidationError):
+    with contextlib.suppress(LocalEntryNotFoundError, HFValidationError, InputError):
         # Without patterns the library would miss the files that we never ask for
         cached = Path(snapshot_download(name, repo_type=kind, local_files_only=True, allow_patterns=[]))
-    if cached and (cached / LISTING).is_file():
-        files = wanted(json.loads((cached / LISTING).read_text()))
-        if not download or all((cached / file).is_file() for file in files):
-            return str(cached), files
+        if (cached / LISTING).is_file():
+            files = wanted(json.loads((cached / LISTING).read_text()))
+            if not download or all((cached / file).is_file() for file in files):
+                return cached, files
     try:
         info = HfApi().repo_info(name, repo_type=kind, timeout=5)  # one request, no retries: quick to fail
         names = [sibling.rfilename for sibling in info.siblings]
         files = wanted(names)
-        folder = snapshot_download(name, repo_type=kind, allow_patterns=files if download else [])
-        os.makedirs(folder, exist_ok=True)
-        with locked(Path(folder)):
-            write_atomically(Path(folder, LISTING), json.dumps(names))
+        folder = Path(snapshot_download(name, repo_type=kind, allow_patterns=files if download else []))
+        with contextlib.suppress(OSError):  # it only saves requests; a cache may be read-only or know no locks
+            folder.mkdir(parents=True, exist_ok=True)
+            with locked(folder):
+                write_atomically(folder / LISTING, json.dumps(names))
         return folder, files
     except InputError:
         raise
@@ -91,7 +92,7 @@ def hub_files(name: str, kind: str, wanted: Callable[[list[str]], list[str]], do
                 # (name, count) -> how many
                 parts = collections.Counter(re.findall(r"(.*)[-.]\d+-of-(\d+)\.", "\n".join(files)))
                 if all(present == int(count) for (_, count), present in parts.items()):
-                    return str(cached), files
+                    return cached, files
         if isinstance(error, RepositoryNotFoundError):
             raise InputError(f"{name}: there is no such folder here and no such public {kind} on the hub") from None
         raise InputError(f"{name}: no such folder here, not in the hub's cache, and the hub did not deliver it "

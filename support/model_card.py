@@ -18,7 +18,7 @@ CARD = """---
 
 # {name}, distilled to hidden size {width}
 
-Distilled from its teacher by the method of HomoDistil (Liang et al., ICLR 2023), with the command below.
+Made from its teacher by an implementation of HomoDistil (Liang et al., ICLR 2023), with the command below.
 Quality on held-out text, ± the standard error:
 
 ```

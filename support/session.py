@@ -159,7 +159,7 @@ class Session:
         args = self.args
         rows = args.steps * args.batch_size
         preset = f"preset {' + '.join(args.preset)}" if args.preset else "those of the paper"
-        print(f"settings: {preset}, and the flags given; learning rate {args.learning_rate:g}, {args.precision}")
+        print(f"settings: {preset} and the flags given; learning rate {args.learning_rate:g}, {args.precision}")
         print(f"{args.teacher}: {self.teacher.parameter_count() / 1e6:.1f} M parameters, D F H K "
               f"{tuple(self.teacher_shape)} -> {tuple(self.target_shape)}")
         print(f"{args.steps:,} steps of {args.batch_size:,} x {args.seq_length} tokens on {self.device}"
@@ -167,7 +167,8 @@ class Session:
               f"{rows / len(self.rows):.1f} passes over the corpus of {len(self.rows):,} rows "
               f"({len(self.heldout):,} held out)")
         if 4 * len(self.heldout) > len(self.rows):
-            print("held out is much of the corpus, in whole documents; in .txt files a blank line ends a document")
+            print("more than a fifth of the text is held out, because documents stay whole (in .txt, a blank line ends "
+                  "one)")
         if self.saved:
             print(f"resumed after step {state.step}")
 

@@ -32,12 +32,12 @@ from support.hub import find_model  # noqa: E402
 
 VOCAB_SIZE, HIDDEN_SIZE, LAYERS, HEADS = 8192, 256, 4, 8
 TOKENS_PER_STEP, MASKED_FRACTION = 32 * 128, 0.3  # twice BERT's fraction, because there is little text
-VOCABULARY_PIECES = 200_000  # the first ones of the corpus, of which every eighth is read
+VOCABULARY_PIECES = 200_000  # at the start of the corpus; every eighth of them trains the vocabulary
 WINDOW, STD = 5, 0.04  # tokens of a co-occurrence; standard deviation of the initial embeddings
 
 
 def train_vocabulary(corpora: list[str]):
-    """A WordPiece tokenizer, trained on the beginning of the corpora."""
+    """A WordPiece tokenizer, trained on every eighth of the first VOCABULARY_PIECES pieces of the corpora."""
     pieces = numbered_pieces(corpus_files(corpora), "demo" in corpora)
     every_eighth = itertools.islice(pieces, 0, VOCABULARY_PIECES, 8)
     tokenizer = checkpoint.wordpiece_tokenizer({})

@@ -88,7 +88,7 @@ def test_every_task_is_read_from_the_hub(key, tmp_path, monkeypatch, refused):
 
     def hub_files(name, kind, wanted):
         requested.append((name, kind))
-        return str(tmp_path), wanted(names)
+        return tmp_path, wanted(names)
 
     monkeypatch.setattr(glue, "hub_files", hub_files)
     splits = read_task(key, None)
@@ -112,7 +112,7 @@ def test_parquet_with_other_columns_is_an_error(tmp_path, monkeypatch, refused):
     names = [f"cola/{path.name}" for path in (tmp_path / "plain_text").iterdir()]
     names += [name.replace("train", "test") for name in names if "train" in name]
     (tmp_path / "plain_text").rename(tmp_path / "cola")
-    monkeypatch.setattr(glue, "hub_files", lambda name, kind, wanted: (str(tmp_path), wanted(names)))
+    monkeypatch.setattr(glue, "hub_files", lambda name, kind, wanted: (tmp_path, wanted(names)))
     with refused("train of CoLA", "label"):
         read_task("cola", None)
 
@@ -126,15 +126,15 @@ def test_real_data_has_the_published_sizes(shared):
 
 def test_folders_are_found_by_the_title_of_the_task(tmp_path, capsys, refused):
     rte, squad = write_glue("rte", tmp_path / "glue" / "RTE"), write_squad(tmp_path / "SQuAD")
-    assert find_data(str(tmp_path), ["rte", "squad"], skip_missing=False) == {"rte": rte, "squad": squad}
+    assert find_data(tmp_path, ["rte", "squad"], skip_missing=False) == {"rte": rte, "squad": squad}
     assert find_data(str(rte), ["rte"], skip_missing=False) == {"rte": rte}
     assert find_data(None, ["rte"], skip_missing=False) == {"rte": None}  # the hub
-    assert find_data(str(tmp_path), ["rte", "cola"], skip_missing=True) == {"rte": rte}
+    assert find_data(tmp_path, ["rte", "cola"], skip_missing=True) == {"rte": rte}
     assert "Skipping cola: " in capsys.readouterr().out
     with refused("holds no CoLA/train.tsv"):
-        find_data(str(tmp_path), ["rte", "cola"], skip_missing=False)
+        find_data(tmp_path, ["rte", "cola"], skip_missing=False)
     with refused("none of the tasks"):
-        find_data(str(tmp_path), ["qqp", "cola"], skip_missing=True)
+        find_data(tmp_path, ["qqp", "cola"], skip_missing=True)
     with refused("--data", "missing holds no RTE/train.tsv"):
         find_data(str(tmp_path / "missing"), ["rte"], skip_missing=False)
 

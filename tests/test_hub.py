@@ -40,7 +40,7 @@ def test_the_needed_files_of_a_sentence_encoder_include_its_modules_and_its_card
     others = ["pytorch_model.bin", "onnx/model.onnx", "1_Pooling/train.py", "data.json", "openvino/config.json"]
     asked = []
     monkeypatch.setattr("support.hub.hub_files", lambda name, kind, wanted: (
-        asked.extend(wanted([*needed, *others])), (str(tmp_path), []))[1])
+        asked.extend(wanted([*needed, *others])), (tmp_path, []))[1])
     assert find_model("owner/encoder") == tmp_path
     assert sorted(asked) == sorted(needed)
 

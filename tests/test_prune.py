@@ -406,8 +406,8 @@ def test_the_schedule_never_grows_and_ends_exactly_at_the_target(hidden, interme
 
 
 def test_a_granularity_of_all_that_is_pruned_prunes_it_at_once_where_half_of_it_is_due():
-    teacher, target = Shape(256, 1024, 8, 32), Shape(128, 512, 8, 16)
-    for granularity in (128, 1000):
+    teacher, target = Shape(768, 3072, 12, 64), Shape(240, 960, 12, 20)
+    for granularity in (528, 1000):
         shapes = [prune.scheduled_shape(t, 0, 210, teacher, target, granularity) for t in range(210)]
         due = 210 * (1 - 0.5 ** (1 / 3))  # (1 - t / 210)^3 = 1/2
         assert shapes == [target if t > due else teacher for t in range(210)]

@@ -57,8 +57,7 @@ def test_the_card_has_the_hub_s_metadata_the_end_table_the_command_and_a_snippet
 
 
 def test_teacher_and_data_sets_on_the_hub_are_named(tmp_path):
-    args = SimpleNamespace(teacher="google-bert/bert-base-uncased", target_width=384,
-                           command="python distill.py",
+    args = SimpleNamespace(teacher="google-bert/bert-base-uncased", target_width=384, command="python distill.py",
                            corpus=["hub:wikimedia/wikipedia:20231101.en", "hub:owner/texts", "books/"])
     (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\n---\n")
     text = model_card(args, "fill-mask", tmp_path, {"torch": "2.13.0", "commit": None}, "the table")

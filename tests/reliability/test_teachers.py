@@ -81,7 +81,7 @@ def test_the_script_trains_a_teacher_on_a_text(train, tmp_path, capsys):
 
 
 def test_the_vocabulary_is_made_from_the_beginning_of_a_corpus(train, monkeypatch):
-    """So that of a large hub corpus one file is downloaded for it."""
+    """So that few files of a large hub corpus are downloaded for it."""
     import train_teacher
 
     def pieces(*_):
