@@ -795,7 +795,7 @@ def test_presets_combine_and_flags_win_over_them():
 
 def test_a_preset_is_printed_applied_and_recorded(run, capsys):
     code, output = run("--preset", "imitation", "--steps", 30, "--alpha-attn", 0, "--prune-end", 0.1, *FEW_EVALUATIONS)
-    assert code == 0 and "settings: preset imitation," in capsys.readouterr().out
+    assert code == 0 and "settings: preset imitation and the flags given; learning rate " in capsys.readouterr().out
     flags = recorded_flags(output)
     assert {name: flags[name] for name in ("align_heads", "compensate", "alpha_mlm", "prune_start", "prune_end")} == {
         "align_heads": True, "compensate": True, "alpha_mlm": 0, "prune_start": 1 / 30, "prune_end": 0.1}
@@ -818,7 +818,7 @@ def test_the_demo_runs_on_given_text(folder, tmp_path, capsys):
     assert distill.main(["--corpus", str(folder / "text.txt"), "--cache-dir", str(tmp_path), "--output",
                          str(tmp_path / "run"), "--steps", "1", "--batch-size", "2", "--seq-length", "16",
                          "--eval-rows", "1", "--device", "cpu"]) == 0
-    assert "settings: preset demo," in capsys.readouterr().out
+    assert "settings: preset demo and the flags given; learning rate " in capsys.readouterr().out
     teacher, student = (json.loads((path / "config.json").read_text())["hidden_size"]
                         for path in (Path(distill.PRESETS["demo"]["teacher"]), tmp_path / "run" / "student"))
     assert student == teacher // 2
