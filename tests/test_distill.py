@@ -686,7 +686,7 @@ BAD_FLAGS = {
     ("--temperature", "0"): "from 0.001",
     ("--seed", "-1"): "from 0 to",
     ("--device", "tpu"): "use auto, cpu, cuda",
-    ("--device", "cuda:99"): "CUDA devices",
+    ("--device", "cuda:99"): "CUDA devices", ("--device", "cuda:256"): "use auto, cpu, cuda",
     ("--precision", "fp8"): "invalid choice",
     ("--importance", "beauty"): "invalid choice",
     ("--prune-power", "0"): "from 0.1",
@@ -812,6 +812,14 @@ def test_without_a_teacher_the_bundled_one_is_distilled_with_the_preset_demo():
     args = distill.parse_arguments(["--corpus", "text.txt", "--steps", "5"])
     assert args.preset == ["demo"] and args.teacher == demo["teacher"]
     assert args.corpus == ["text.txt"] and args.steps == 5 and args.batch_size == demo["batch_size"]
+
+
+def test_a_long_first_document_is_reported_because_all_of_it_is_held_out(run, tmp_path, capsys):
+    code, _ = run()
+    assert code == 0 and "held out, because" not in capsys.readouterr().out
+    (tmp_path / "text.txt").write_text("the abc of deaf\n" * 1000 + "\n\n" + "of the abc\n" * 800)
+    code, _ = run("--corpus", tmp_path / "text.txt", "--overwrite")
+    assert code == 0 and "more than a fifth of the text is held out, because" in capsys.readouterr().out
 
 
 def test_the_demo_runs_on_given_text(folder, tmp_path, capsys):

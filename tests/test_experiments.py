@@ -193,6 +193,12 @@ def test_the_deviation_is_that_of_a_sample():
     assert experiment.mean_and_deviation([5.0]) == (5.0, 0.0)
 
 
+def test_a_result_records_its_command_without_folders_of_the_machine():
+    argv = ["--corpus=/my data/wiki.txt.gz", "--data", "/glue/STS-B", "--teacher", "owner/model", "--seeds", "0"]
+    assert experiment.header(argv)["command"].endswith(
+        " --corpus=wiki.txt.gz --data STS-B --teacher owner/model --seeds 0")
+
+
 def test_curves_and_dots_are_means_over_the_seeds():
     rows = [{"arm": "a", "seed": seed, "step": [0, 1, 2], "kl": [0, 1 + seed, 2 + seed]}
             for seed in (0, 1)]

@@ -16,6 +16,7 @@ import prune
 from data import Batch, MaskedRows, UnmaskedRows
 from extensions.align_heads import align_heads, balancing_transforms, extended
 from extensions.compensate import UNMASKED_WEIGHT, Place, compensate, fit_batches
+from model import LayerNorm
 from prune import Shape
 from support.checkpoint import load_model, load_tokenizer, save_model, save_tokenizer
 
@@ -310,6 +311,16 @@ def test_kept_units_that_are_all_zero_are_no_obstacle_to_a_fit():
     keep = {group: torch.arange(3) for group in ("value_output.0", "feed_forward.0")}
     compensate(as_distiller(bert), keep, random_batches())
     assert_same(outputs(bert), expected)
+
+
+def test_a_single_hidden_dimension_can_be_kept():
+    """A LayerNorm over it returns its bias for every token, and so no variance that a fit could use."""
+    bert = random_bert()
+    for module in bert.modules():
+        if isinstance(module, LayerNorm):
+            module.bias.data.zero_()
+    compensate(as_distiller(bert), {"hidden": torch.tensor([3])}, random_batches())
+    assert all(p.isfinite().all() for p in bert.parameters())
 
 
 # ---- On the bundled teacher ----------------------------------------------------------------------------------

@@ -126,15 +126,15 @@ def test_real_data_has_the_published_sizes(shared):
 
 def test_folders_are_found_by_the_title_of_the_task(tmp_path, capsys, refused):
     rte, squad = write_glue("rte", tmp_path / "glue" / "RTE"), write_squad(tmp_path / "SQuAD")
-    assert find_data(tmp_path, ["rte", "squad"], skip_missing=False) == {"rte": rte, "squad": squad}
+    assert find_data(str(tmp_path), ["rte", "squad"], skip_missing=False) == {"rte": rte, "squad": squad}
     assert find_data(str(rte), ["rte"], skip_missing=False) == {"rte": rte}
     assert find_data(None, ["rte"], skip_missing=False) == {"rte": None}  # the hub
-    assert find_data(tmp_path, ["rte", "cola"], skip_missing=True) == {"rte": rte}
+    assert find_data(str(tmp_path), ["rte", "cola"], skip_missing=True) == {"rte": rte}
     assert "Skipping cola: " in capsys.readouterr().out
     with refused("holds no CoLA/train.tsv"):
-        find_data(tmp_path, ["rte", "cola"], skip_missing=False)
+        find_data(str(tmp_path), ["rte", "cola"], skip_missing=False)
     with refused("none of the tasks"):
-        find_data(tmp_path, ["qqp", "cola"], skip_missing=True)
+        find_data(str(tmp_path), ["qqp", "cola"], skip_missing=True)
     with refused("--data", "missing holds no RTE/train.tsv"):
         find_data(str(tmp_path / "missing"), ["rte"], skip_missing=False)
 
