@@ -58,9 +58,9 @@ RUN_FLAGS = (
     Flag("--overwrite", False, bool, "Replace the run in the output folder."),
     Flag("--resume", False, bool, "Resume the run in --output with its original flags, from its last checkpoint."),
     Flag("--save-minutes", 15.0, NONNEGATIVE, "Minutes between checkpoints."),
-    Flag("--micro-batch-size", None, COUNT, "Rows that a process computes at a time. Fewer rows need less memory and, "
-         "apart from random dropout and noise, change the result by rounding only. Default: what fits into the GPU's "
-         "free memory; at most 64 on a CPU."),
+    Flag("--micro-batch-size", None, COUNT, "Rows that a process computes at a time. Fewer rows need less memory. They "
+         "may draw other dropout and noise; otherwise they change the result by rounding only. Default: what fits "
+         "into the GPU's free memory; at most 64 on a CPU."),
     Flag("--seed", 0, number(int, 0, 2**32 - 1), "Seed of row order, masks and dropout."),
     Flag("--device", "auto", str, "cpu, cuda or cuda:N. auto uses a GPU if there is one."),
     Flag("--precision", "auto", ("auto", "fp32", "bf16"), "Precision of matmuls. auto is bf16 on GPUs "
@@ -74,7 +74,7 @@ EVALUATION_FLAGS = (
     Flag("--eval-prunes", False, bool, "Also evaluate right before and after every prune; written to log.jsonl."),
     Flag("--log-every", 10, COUNT, "Steps between lines in log.jsonl."),
 )
-MAY_CHANGE_ON_RESUME = {  # apart from dropout and ranking_loss's noise, these change the student by rounding at most
+MAY_CHANGE_ON_RESUME = {  # these change the student by rounding at most, except for other draws of dropout and noise
     "output", "overwrite", "resume", "save_minutes", "cache_dir", "eval_every", "eval_rows", "eval_prunes", "log_every",
     "micro_batch_size", "device"}
 
