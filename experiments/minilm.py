@@ -117,8 +117,8 @@ def best_rate(judge: Judge, student, args, rates) -> tuple[float, dict[float, fl
     return max(agreements, key=agreements.get), agreements
 
 
-def milliseconds_per_row(models: dict[str, Path]) -> dict[str, dict[str, float]]:
-    """Model -> library -> milliseconds."""
+def milliseconds_per_row(models: dict[str, Path]) -> dict[str, dict[str, list[float]]]:
+    """Model -> library -> lower quartile, median and upper quartile."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     inputs = export_onnx.example(load_config(models["teacher"]), 16, 128)
@@ -140,7 +140,7 @@ def milliseconds_per_row(models: dict[str, Path]) -> dict[str, dict[str, float]]
                 start = time.perf_counter()
                 call()
                 times.setdefault(key, []).append((time.perf_counter() - start) * 1000 / 16)
-    return {arm: {library: statistics.median(times[arm, library][1:]) for library in LIBRARIES} for arm in models}
+    return {arm: {library: statistics.quantiles(times[arm, library][1:]) for library in LIBRARIES} for arm in models}
 
 
 def measure(args) -> dict:
@@ -186,7 +186,7 @@ def draw(result: dict):
     for axis, key, label in zip(axes, ("stsb", "recall"), ("STS-B dev, Spearman (percent)",
                                                          "search, recall at 1 (percent)"), strict=True):
         for row in result["rows"]:
-            colour, point = colours.get(row["arm"], experiment.OURS), (row["onnxruntime"], row[f"{key}_own"])
+            colour, point = colours.get(row["arm"], experiment.OURS), (row["onnxruntime"][1], row[f"{key}_own"])
             axis.plot(*point, "o", color=colour)
             axis.annotate(row["arm"], point, (6, 6), textcoords="offset points", color=colour)
         axis.set(xlabel="milliseconds per row of 128 tokens in onnxruntime", ylabel=label)
