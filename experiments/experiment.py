@@ -1,13 +1,14 @@
 """What the experiments share: runs of distill.py, which are made once and resumed if interrupted, results and pictures.
 
 An experiment is a script with two functions: `measure(args)` returns the results, `draw(result)` a figure of them. The
-script makes the runs that do not exist yet in experiments/runs, and writes results/NAME.json and figures/NAME.png. With
---draw it only draws the saved results.
+script makes the runs that are neither in experiments/runs nor in the saved results, and writes results/NAME.json and
+figures/NAME.png. With --draw it only draws the saved results.
 """
 
 import argparse
 import datetime
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -45,11 +46,17 @@ def program(script: str, *arguments):
     subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], check=True)
 
 
+def run_name(**flags) -> str:
+    """The flags that are not in BASE. Of paths only the last part counts."""
+    flags = {name.replace("_", "-"): value for name, value in flags.items()}
+    name = " ".join(f"{flag} {value}" for flag, value in sorted(flags.items()) if BASE.get(flag) != value)
+    return re.sub(r"[^\w.,-]+", "_", re.sub(r"\S+/", "", name)) or "base"
+
+
 def distil(**flags) -> Path:
     """The folder of the finished run of distill.py with BASE and these flags. Equal flags share one run."""
+    output = RUNS / run_name(**flags)
     flags = {name.replace("_", "-"): value for name, value in (BASE | flags).items()}
-    name = " ".join(f"{flag} {value}" for flag, value in sorted(flags.items()) if BASE.get(flag) != value)
-    output = RUNS / (re.sub(r"[^\w.,-]+", "_", re.sub(r"\S+/", "", name)) or "base")
     if not (output / "student").is_dir():
         command = [f"--{flag}={value}" for flag, value in flags.items() if value is not True]
         command += [f"--{flag}" for flag, value in flags.items() if value is True]
@@ -81,17 +88,27 @@ def curve(folder: Path) -> dict[str, list[float]]:
                if key in evaluations[0]}}
 
 
-def origin(folder: Path) -> dict[str, str]:
-    """The commit that made a run, and the hashes of its teacher and its text."""
+def summary(folder: Path) -> dict:
+    """A run's name, the commit that made it, the hashes of its teacher and its text, and its curve."""
     record = json.loads((folder / "run.json").read_text())
-    return {"commit": record["versions"]["commit"], "teacher": record["teacher"], "corpus": record["corpus"]}
+    return {"run": folder.name, "commit": record["versions"]["commit"], "teacher": record["teacher"],
+            "corpus": record["corpus"], **curve(folder)}
+
+
+def saved_rows() -> dict[str, dict]:
+    """The rows of all saved results with the same BASE, by the name of their run: a clone need not run them again."""
+    results = [json.loads(path.read_text()) for path in RESULTS.glob("*.json")]
+    return {row["run"]: row for result in results if result["base"] == BASE for row in result["rows"] if "run" in row}
 
 
 def compare(arms: dict[str, dict], seeds: list[int], **common) -> list[dict]:
-    """Every arm (name -> flags) with every seed and the flags in common: rows of `arm`, `seed`, origin and curve."""
-    folders = {(arm, seed): distil(**common | flags, seed=seed) for seed in seeds for arm, flags in arms.items()}
-    return [{"arm": arm, "seed": seed, **origin(folders[arm, seed]), **curve(folders[arm, seed])}
-            for arm in arms for seed in seeds]
+    """Every arm (name -> flags) with every seed and the flags in common: rows of `arm`, `seed` and the run's summary,
+    saved or new."""
+    rows, saved = {}, saved_rows()
+    for seed, arm in itertools.product(seeds, arms):
+        flags = common | arms[arm] | {"seed": seed}
+        rows[arm, seed] = (saved.get(run_name(**flags)) or summary(distil(**flags))) | {"arm": arm, "seed": seed}
+    return [rows[arm, seed] for arm in arms for seed in seeds]
 
 
 def rows_of(rows: list[dict]) -> dict[str, list[dict]]:

@@ -116,6 +116,7 @@ def logged(tmp_path, monkeypatch):
 
     monkeypatch.setattr(experiment, "program", program)
     monkeypatch.setattr(experiment, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(experiment, "RESULTS", tmp_path)
     return commands
 
 
@@ -129,6 +130,21 @@ def test_equal_flags_share_one_run_and_its_curve_is_that_of_its_log(logged):
     assert [rows[0][key] for key in ("commit", "teacher", "corpus")] == ["abc", "T", "C"]
     experiment.compare({"plain": {}}, [0], corpus="text.txt")
     assert len(logged) == 4
+
+
+def test_runs_in_the_saved_results_are_not_made_again(logged, tmp_path, monkeypatch):
+    rows = experiment.compare({"plain": {}}, [0, 1], corpus="folder/text.txt")
+    (tmp_path / "some.json").write_text(json.dumps({"base": experiment.BASE, "rows": rows}))
+    monkeypatch.setattr(experiment, "RUNS", tmp_path / "of another machine")
+    again = experiment.compare({"renamed": {}, "random": {"init": "random"}}, [0, 1], corpus="text.txt")
+    assert again[:2] == [row | {"arm": "renamed"} for row in rows]
+    assert [row["run"] for row in again] == [
+        "corpus_text.txt_seed_0", "corpus_text.txt_seed_1",
+        "corpus_text.txt_init_random_seed_0", "corpus_text.txt_init_random_seed_1"]
+    assert len(logged) == 4 and {"--init=random"} < set(logged[2])
+    monkeypatch.setitem(experiment.BASE, "steps", 10)
+    experiment.compare({"plain": {}}, [0], corpus="text.txt")
+    assert len(logged) == 5
 
 
 def test_the_curve_of_a_run_without_head_has_its_time(tmp_path):
