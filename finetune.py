@@ -55,13 +55,12 @@ MAX_GRADIENT_NORM = 1.0
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One fine-tuning run: everything that its result depends on."""
+    """One fine-tuning run: the model, the data and the settings that its result depends on."""
 
     model: str  # as given: a folder or a hub name
     task: str
     seed: int
-    data: str  # folder, or "hub"
-    data_hash: str | None  # of its files; None for the hub
+    data: str  # hash of its files, or "hub"
     weights: str  # fingerprint of the model
     bf16: bool
     learning_rate: float  # peak
@@ -80,7 +79,7 @@ class Job:
         """OUTPUT/MODEL/TASK-seedN. MODEL is the name of the model; that of a path is shortened and gets a hash."""
         name = self.model
         if not re.fullmatch(r"\w[\w.-]{,50}", name):  # a folder name may have 255 bytes, a character up to 4 of them
-            digest = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:8]
+            digest = hashlib.sha256(name.encode()).hexdigest()[:8]
             name = re.sub(r"[^\w.-]+", "-", name)[-50:].strip(".-") + "-" + digest
         return output / name / f"{self.task}-seed{self.seed}"
 
@@ -246,7 +245,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     count, fraction = number(int, 1, 10**9), number(float, 0, 1)
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--model", nargs="+", required=True, help="Folders or hub names of the BERT checkpoints.")
+    add("--model", nargs="+", type=lambda name: str(Path(name)), required=True,  # without a last slash
+        help="Folders or hub names of the BERT checkpoints.")
     add("--task", nargs="+", required=True, choices=[*TASKS, "all"], metavar="TASK",
         help=f"One or more of {', '.join(TASKS)}, or all.")
     add("--data", help="Folder with the task's files (train.tsv and dev.tsv, or train-v1.1.json and dev-v1.1.json), or "
@@ -311,8 +311,8 @@ def make_jobs(model: str, args: argparse.Namespace, sources: dict[str, Path | No
     for key, source in sources.items():
         settings = DEFAULTS | TASK_DEFAULTS.get(key, {}) | given
         settings["max_length"] = min(settings["max_length"], positions)
-        data = ("hub", None) if source is None else (str(source.resolve()), data_hash(source, key))
-        jobs += [Job(model, key, seed, *data, weights, bf16, **settings) for seed in dict.fromkeys(args.seeds)]
+        data = data_hash(source, key) if source else "hub"
+        jobs += [Job(model, key, seed, data, weights, bf16, **settings) for seed in dict.fromkeys(args.seeds)]
     return jobs
 
 

@@ -12,6 +12,12 @@ from support.run_folder import read_record
 
 
 class Parser(argparse.ArgumentParser):
+    def parse_args(self, args=None, namespace=None):
+        words = " ".join(sys.argv[1:] if args is None else args)
+        if words.encode(errors="ignore").decode() != words:  # such a name can neither be printed nor recorded
+            raise InputError("a file or folder name in the flags is not UTF-8: rename it")
+        return super().parse_args(args, namespace)
+
     def error(self, message):
         raise InputError(f"{message}; see --help")
 
@@ -92,9 +98,6 @@ def parse_flags(argv: list[str] | None, description: str, method_flags: tuple[Fl
         for flag in flags:
             defaults[add_flag(group, flag).dest] = flag.default
     argv = sys.argv[1:] if argv is None else argv
-    words = " ".join(argv)
-    if words.encode(errors="ignore").decode() != words:  # such a name can neither be printed nor recorded
-        raise InputError("a file or folder name in the flags is not UTF-8: rename it")
     given = vars(parser.parse_args(argv))
     if "resume" in given:
         return argparse.Namespace(**resumed_flags(given, {*defaults, "command"}))

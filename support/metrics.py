@@ -46,7 +46,7 @@ def normalised_words(text: str) -> list[str]:
 
 
 def squad_scores(predicted: str, references: list[str]) -> tuple[float, float]:
-    """Exact match and word F1 of one answer against the best of its references, as in SQuAD's official script.
+    """Exact match and word F1 of one answer against the best of its references, as in the official script of SQuAD 2.0.
 
     The empty answer is right if there are no references, or if normalisation leaves nothing of any of them.
     """

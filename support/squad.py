@@ -14,7 +14,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from support.batches import Example, Row, pair_template, tokenise
-from support.errors import InputError, one_line
+from support.errors import InputError, LocalError, one_line
 
 # All three are BERT's values, in tokens.
 MAX_QUESTION_TOKENS = 64  # longer questions are truncated
@@ -30,11 +30,11 @@ def read_squad(path: Path, key: str) -> list[Example]:
         root = json.loads(gzip.decompress(raw) if path.name.endswith(".gz") else raw)
         for paragraph in itertools.chain.from_iterable(article["paragraphs"] for article in root["data"]):
             for entry in paragraph["qas"]:
-                where = f", question {entry['id']}"
+                where = f", in or after question {entry['id']}"
                 answers = [(answer["text"], int(answer["answer_start"])) for answer in entry["answers"]]
                 "".join([entry["question"], paragraph["context"], *dict(answers)])  # a TypeError unless all are text
                 if not answers and key == "squad":
-                    raise InputError(f"{path}{where}: no answer; use --task squad_v2 for such questions")
+                    raise InputError(f"{path}, question {entry['id']}: no answer; use --task squad_v2 for these")
                 questions.append(Example((entry["question"], paragraph["context"]), answers, entry["id"]))
     except (OSError, EOFError, KeyError, TypeError, ValueError, RecursionError, gzip.zlib.error) as error:
         raise InputError(f"{path}{where}: damaged, or not in SQuAD's format ({one_line(error)})") from None
@@ -47,7 +47,7 @@ def make_windows(questions: list[Example], tokenizer, max_length: int, training:
     """The windows of all questions, [CLS] question [SEP] part of the context [SEP]; those of one start STRIDE apart.
 
     For training the first answer is labelled, or else the [CLS] token, 0, 0, if the window does not hold all of it. A
-    question whose answer is not found at `answer_start` is then dropped.
+    question whose answer is not found at `answer_start` is then dropped. Raises InputError if none is left.
     """
     head, middle, tail, second_type = pair_template(tokenizer)
     free = max_length - len(head) - len(middle) - len(tail)
@@ -77,6 +77,8 @@ def make_windows(questions: list[Example], tokenizer, max_length: int, training:
                 break
     if misplaced:
         print(f"{misplaced} questions are not used for training: their answer is not at answer_start.")
+    if not windows:
+        raise LocalError("no question of the training split has its answer at answer_start, counted in characters")
     return windows
 
 

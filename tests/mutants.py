@@ -261,6 +261,8 @@ MUTANTS = [
     ("support/metrics.py", "2 * true_positives / positives", "true_positives / positives", "metrics", "scikit"),
     ("support/metrics.py", "(counts - 1) / 2", "counts", "metrics", "scipy"),
     ("finetune.py", "if score > best_score:", "if True:", "finetune", "best"),
+    ("finetune.py", 'rows[f"dev{suffix}"]', 'rows[f"dev{task.suffixes[0]}"]', "finetune", "mnli"),
+    ("finetune.py", '("_matched", "-m")', '("_matched", "-mm")', "finetune", "mnli"),
     ("finetune.py", "nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)", "pass", "finetune", ""),
     ("support/batches.py", "mask = columns < torch", "mask = columns <= torch", "finetune", "batches"),
     ("experiments/to_tensorboard.py", "value, step)", "value)", "experiments", "tensorboard"),

@@ -74,7 +74,7 @@ def stored(tmp_path) -> list[dict]:
 
 
 def make_job(**changes) -> Job:
-    defaults = {"model": "m", "task": "rte", "seed": 0, "data": "d", "data_hash": "h", "weights": "w", "bf16": False,
+    defaults = {"model": "m", "task": "rte", "seed": 0, "data": "d", "weights": "w", "bf16": False,
                 "learning_rate": 1e-3, "batch_size": 8, "epochs": 1, "max_steps": None, "max_length": 32,
                 "warmup": 0.1, "weight_decay": 0.01, "dropout": None}
     return Job(**defaults | changes)
@@ -289,6 +289,18 @@ def test_every_task_runs_from_files_to_predictions(key, start, tmp_path):
     config = transformers.AutoConfig.from_pretrained(folder)
     if key != "stsb":
         assert [config.id2label[i] for i in range(len(LABELS[key]))] == LABELS[key]
+
+
+def test_both_splits_of_mnli_are_reported_and_predicted(tmp_path, monkeypatch):
+    splits = {"matched": 0, "mismatched": 2}
+    rows = {f"{kind}_{split}": [Row(np.zeros(3, np.int32), 3, label, Example((), label, split))]
+            for kind in ("dev", "test") for split, label in splits.items()}
+    monkeypatch.setattr(finetune, "predict", lambda net, rows, job, device: [0])
+    job = make_job(task="mnli")
+    assert finetune.evaluate(None, rows, job, CPU) == {"accuracy_matched": 100, "accuracy_mismatched": 0}
+    finetune.write_predictions(tmp_path, None, rows, job, CPU)
+    lines = {path.name: path.read_text().splitlines()[1:] for path in tmp_path.iterdir()}
+    assert lines == {"MNLI-m.tsv": ["matched\tentailment"], "MNLI-mm.tsv": ["mismatched\tentailment"]}
 
 
 def test_updates_equal_those_of_plain_torch(checkpoint, rte, tokenizer):
@@ -541,7 +553,18 @@ def test_a_result_of_other_data_in_the_same_folder_is_refused(start, tmp_path, c
     assert start("--max-steps", 1, source=source) == 0
     with open(source / "dev.tsv", "ab") as stream:
         stream.write(b"\n")
-    assert_one_line_error(start("--max-steps", 1, source=source), capsys, ["data_hash", "--overwrite"])
+    assert_one_line_error(start("--max-steps", 1, source=source), capsys, ["made with data", "--overwrite"])
+
+
+def test_a_result_is_kept_if_its_data_moves_or_its_model_gets_a_slash(start, checkpoint, recorded, tmp_path):
+    assert start("--max-steps", 1) == 0
+    assert start("--max-steps", 1, source=write_glue("rte", tmp_path / "moved"), models=(f"{checkpoint}/",)) == 0
+    assert len(recorded) == len(stored(tmp_path)) == 1
+
+
+def test_a_name_that_is_not_utf8_is_refused_before_any_work(start, recorded, tmp_path, capsys):
+    assert_one_line_error(start("--output", tmp_path / "\udcff"), capsys, ["not UTF-8"])
+    assert not recorded
 
 
 def test_bad_data_costs_no_finished_result(start, tmp_path, capsys):

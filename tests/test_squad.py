@@ -47,6 +47,7 @@ def one_question_file(**changes) -> str:
     (one_question_file(answers=[{"text": "old", "answer_start": "x"}]), ["q7", "format"]),
     (one_question_file(answers=[{"text": "old"}]), ["q7", "answer_start"]),
     (one_question_file(question=None), ["q7", "format"]),
+    (one_question_file()[:-2] + ', {"title": "u"}]}', ["after question q7", "format"]),
     (one_question_file(answers=[{"text": 3, "answer_start": 0}]), ["q7", "format"]),
 ])
 def test_bad_files_are_named_with_their_question(content, words, tmp_path, refused):
@@ -144,12 +145,16 @@ def test_windows_cover_the_context_and_label_whole_answers_only(tokenizer, monke
     assert np.concatenate([window.offsets for window in wide])[:, 0].tolist() == characters.tolist()  # no gaps
 
 
-def test_misplaced_answers_are_dropped_from_training_with_a_message(tokenizer, capsys):
+def test_misplaced_answers_are_dropped_from_training_with_a_message(tokenizer, capsys, refused):
+    right = one_question("the old river", "old")
     for start in (5, 90, -3):
-        questions = one_question("the old river", "old", start=start)
-        assert make_windows(questions, tokenizer, 32, training=True) == []
+        wrong = one_question("the old river", "old", start=start)
+        windows = make_windows([*wrong, *right], tokenizer, 32, training=True)
+        assert [window.example for window in windows] == right
         assert "1 questions are not used for training" in capsys.readouterr().out
-        assert len(make_windows(questions, tokenizer, 32, training=False)) == 1
+        assert len(make_windows(wrong, tokenizer, 32, training=False)) == 1
+        with refused("answer_start"):
+            make_windows(wrong, tokenizer, 32, training=True)
 
 
 def test_long_questions_leave_room_for_the_context(tokenizer):
