@@ -28,8 +28,8 @@ def header(argv: list[str], device: torch.device) -> dict:
     machine = platform.processor() or platform.machine()
     if device.type == "cuda":
         machine = torch.cuda.get_device_name(device)
-    elif Path("/proc/cpuinfo").is_file():
-        machine = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[0]
+    elif Path("/proc/cpuinfo").is_file():  # on ARM it names no model
+        machine = next(iter(re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())), machine)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers")}
     return {"machine": machine, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "device": device.type,
             "versions": {"python": platform.python_version()} | versions,

@@ -25,7 +25,7 @@ from distill import ADAM_BETAS, ADAM_EPS, Distiller, mean_mse
 from model import Bert, BertConfig, Output, mean_attention_scores
 from prune import Shape
 from support import fast
-from support.distributed import synchronized_time
+from support.distributed import find_device, synchronized_time
 from support.shapes import target_shape
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -287,6 +287,7 @@ def random_batch(shape: str, rows: int, device) -> Batch:
 
 def build(shape: str, names: list[str], device, bf16: bool) -> dict[str, Ours]:
     """The systems with equal weights: a random teacher, and a student that differs, so that no loss is zero."""
+    find_device(str(device))  # sets the kernels of attention, as in distill.py
     torch.manual_seed(0)
     config = SHAPES[shape][0]
     teacher = Bert(copy.copy(config), pooler=False)

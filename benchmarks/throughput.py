@@ -58,7 +58,7 @@ def schedule(args: argparse.Namespace, cuda: bool) -> tuple[dict[Shape, int], li
         for step in range(args.steps))
     wanted = np.linspace(first.hidden_size, last.hidden_size, 3 if args.quick else 9 if cuda else 5)
     measured = [min(steps_at, key=lambda shape: abs(shape.hidden_size - size)) for size in wanted[:-1]]  # noqa: B023
-    return steps_at, [*measured, last]
+    return steps_at, list(dict.fromkeys([*measured, last]))  # a short schedule has fewer shapes
 
 
 # ---- Called in the process of one system ---------------------------------------------------------------------

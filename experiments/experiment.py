@@ -181,7 +181,8 @@ def header(argv: list[str]) -> dict:
     """Where, when and how a result was made. Of absolute paths only the names are kept."""
     argv = [re.sub(r"(^|=)/.*/(?=[^/])", r"\1", word) for word in argv]
     cpu = Path("/proc/cpuinfo")
-    machine = re.findall(r"model name\s*: (.*)", cpu.read_text())[0] if cpu.is_file() else platform.machine()
+    models = re.findall(r"model name\s*: (.*)", cpu.read_text()) if cpu.is_file() else []  # none on ARM
+    machine = models[0] if models else platform.machine()
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "tokenizers")}
     return {"command": shlex.join(["python", f"experiments/{Path(sys.argv[0]).name}", *argv]),
             "machine": machine, "threads": os.environ.get("OMP_NUM_THREADS", os.cpu_count()), "versions": versions,

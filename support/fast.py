@@ -10,6 +10,7 @@ everything off.
 import contextlib
 import os
 import sys
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -62,14 +63,14 @@ def switch_on(undo: contextlib.ExitStack, student, teacher, losses, backend: str
         return torch.compile(function, dynamic=dynamic, fullgraph=True, backend=backend)  # raises; never eager instead
 
     def replace(owner, name: str, new):
-        undo.callback(setattr, owner, name, getattr(owner, name))
-        setattr(owner, name, new)
+        undo.enter_context(mock.patch.object(owner, name, new))
 
     # The sizes of parameters and the number of heads are variables, so that one compilation serves all layers and
-    # widths. Equal sizes are separate variables: H*K is D before the first prune, but need not be afterwards.
+    # widths. Equal sizes are separate variables: H*K is D before the first prune, but need not be afterwards. With
+    # several processes torch would also compile a layer in pieces, one for each of DDP's buckets, which hold the sizes.
     undo.enter_context(torch._dynamo.config.patch(
         force_parameter_static_shapes=False, force_nn_module_property_static_shapes=False,
-        allow_unspec_int_on_nn_module=True, specialize_float=True))
+        allow_unspec_int_on_nn_module=True, specialize_float=True, optimize_ddp=False))
     undo.enter_context(torch.fx.experimental._config.patch(use_duck_shape=False))
     for bert, forward in ((student, compile_(student_layer)), (teacher, compile_(Layer.forward, dynamic=None))):
         for layer in bert.bert.layers:  # dynamic=None: constants, but for a batch size that changes

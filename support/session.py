@@ -76,6 +76,8 @@ class Session:
             teacher_name = Path(args.teacher).resolve().name
             args.output = Path("runs") / ("demo" if "demo" in args.preset else f"{teacher_name}-{args.target_width}")
         run_folder.check_output(args.output, args.overwrite or args.resume)
+        if args.output.resolve() in folder.resolve().parents:
+            raise InputError(f"--output {args.output} contains the teacher: choose another folder")
         if args.seq_length > config.max_position_embeddings:
             raise InputError(f"--seq-length {args.seq_length} exceeds the teacher's {config.max_position_embeddings}")
         limit = args.corpus_tokens or math.inf

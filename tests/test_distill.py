@@ -280,6 +280,15 @@ def test_sensitivity_comes_from_complete_gradients_before_clipping(run, monkeypa
     assert code == 0 and norms == pytest.approx(logged[:last], rel=1e-4) and min(norms) > 1e-2
 
 
+def test_the_statistics_of_importance_are_dropped_at_the_target_shape(run, monkeypatch):
+    held, end_step = [], session.Session.end_step
+    monkeypatch.setattr(session.Session, "end_step", lambda self, state, *rest: (
+        held.append(len(state.statistics)), end_step(self, state, *rest)))
+    code, output = run()
+    last = read_log(output, "prune")[-1]["step"]
+    assert code == 0 and held == [1] * (last - 1) + [0] * (7 - last)
+
+
 def test_the_parts_of_a_step_happen_in_the_order_of_algorithm_1(run, monkeypatch):
     """Forward, importance, clipping, AdamW, prune; and importance sees the weights of the forward pass."""
     events, seen = [], {}
@@ -550,6 +559,14 @@ def test_text_column_names_the_fields_of_the_corpus(run, folder, tmp_path, capsy
     assert run("--corpus", tmp_path / "x.jsonl", "--text-column", "title", "body")[0] == 0
     assert run("--corpus", tmp_path / "x.jsonl", "--overwrite")[0] == 2
     assert "record 1" in capsys.readouterr().err
+
+
+def test_overwriting_a_run_does_not_delete_the_teacher_in_it(run, capsys):
+    _, output = run(*FEW_EVALUATIONS)
+    before = weights(output)
+    assert run("--teacher", output / "student", "--target-width", 8, "--overwrite")[0] == 2
+    assert "contains the teacher" in capsys.readouterr().err
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(output).items())
 
 
 def test_corpus_tokens_limits_the_corpus_and_fills_at_least_a_batch(run, monkeypatch, capsys):

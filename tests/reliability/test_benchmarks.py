@@ -156,6 +156,11 @@ def test_the_tables_in_the_documentation_are_those_of_the_saved_results(name):
         assert not line.startswith("|") or line in documentation
 
 
+def test_a_short_schedule_measures_every_shape_once():
+    steps_at, measured = throughput.schedule(SimpleNamespace(shape="small", steps=10, quick=False), cuda=False)
+    assert len(measured) == len(set(measured)) < 5 and measured[-1] == systems.target(systems.SHAPES["small"][0])
+
+
 def test_gpu_checks_pass_on_the_cpu_and_find_errors(monkeypatch, capsys):
     gpu.check_bf16("toy", CPU)
     gpu.check_prune("toy", CPU)

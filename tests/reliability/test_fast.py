@@ -206,6 +206,18 @@ def test_rows_of_several_lengths_as_of_a_teacher_without_head_are_compiled_as_ra
     assert compilations(fast.student_layer) == 1 and compilations(Layer.forward) == 2
 
 
+def test_layers_are_not_compiled_in_pieces_with_several_processes(no_compilations, tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        teacher, distiller = make_state()
+        buckets = torch.nn.parallel.DistributedDataParallel(distiller, bucket_cap_mb=0.02, find_unused_parameters=True)
+        with switched_on(teacher, distiller):
+            losses_and_gradients(teacher, buckets, rows=4)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert compilations(fast.student_layer) == 1
+
+
 # ---- Whole runs ----------------------------------------------------------------------------------------------
 
 
