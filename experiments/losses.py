@@ -24,7 +24,7 @@ def measure(args) -> dict:
 
 def draw(result: dict):
     figure, axes = experiment.panels(
-        "Without the masked-LM loss students are closer to the teacher, and better language models",
+        "Without the masked-LM loss the student is closer to its teacher",
         f"256 → 128, {experiment.BUDGET}; {experiment.over_seeds(result['rows'], 'standard deviation')}", 2, 4,
         sharey=True)
     for axis, key in zip(axes, ("kl", "masked_lm_loss"), strict=True):
