@@ -10,6 +10,7 @@ import datetime
 import importlib.metadata
 import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -30,6 +31,10 @@ ROOT = FOLDER.parent
 RUNS, RESULTS, FIGURES = FOLDER / "runs", FOLDER / "results", FOLDER / "figures"
 sys.path.insert(0, str(ROOT))
 
+from support.checkpoint import load_config, load_tokenizer  # noqa: E402
+from support.corpus import TEXT, corpus_files, corpus_key  # noqa: E402
+from support.errors import InputError  # noqa: E402
+from support.files import model_fingerprint  # noqa: E402
 from support.run_folder import program_commit  # noqa: E402
 
 # The budget of most experiments: the bundled teacher (4 layers x 256) to half its width, 1,000 steps of 8 x 128 tokens.
@@ -42,8 +47,9 @@ SINGLE = {"prune_start": 1 / 30, "prune_end": 1 / 30}  # everything is pruned at
 
 
 def program(script: str, *arguments):
-    """Run a program of this project to its end."""
-    subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], check=True)
+    """Run a program of this project to its end. If it fails, it has said why."""
+    if code := subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)]).returncode:
+        sys.exit(code)
 
 
 def run_name(**flags) -> str:
@@ -95,18 +101,28 @@ def summary(folder: Path) -> dict:
             "corpus": record["corpus"], **curve(folder)}
 
 
-def saved_rows() -> dict[str, dict]:
-    """The rows of all saved results with the same BASE, by the name of their run: a clone need not run them again."""
-    results = [json.loads(path.read_text()) for path in RESULTS.glob("*.json")]
-    return {row["run"]: row for result in results if result["base"] == BASE for row in result["rows"] if "run" in row}
+def origin(corpus: str) -> dict[str, str]:
+    """The hashes of the bundled teacher and of a text, as in run.json. Raises InputError."""
+    teacher = ROOT / "teachers" / "small"
+    tokenizer = load_tokenizer(teacher, load_config(teacher).vocab_size)
+    key = corpus_key(corpus_files([corpus]), corpus == "demo", tokenizer, TEXT, math.inf)
+    return {"teacher": model_fingerprint(teacher), "corpus": key}
 
 
-def compare(arms: dict[str, dict], seeds: list[int], **common) -> list[dict]:
-    """Every arm (name -> flags) with every seed and the flags in common: rows of `arm`, `seed` and the run's summary,
-    saved or new."""
-    rows, saved = {}, saved_rows()
+def saved_rows(corpus: str) -> dict[str, dict]:
+    """By name, the runs in the saved results with BASE, the bundled teacher and this text. They need not be made again
+    in another clone."""
+    results, same = [json.loads(path.read_text()) for path in RESULTS.glob("*.json")], origin(corpus).items()
+    return {row["run"]: row for result in results if result["base"] == BASE for row in result["rows"]
+            if "run" in row and same <= row.items()}
+
+
+def compare(arms: dict[str, dict], seeds: list[int], corpus: str) -> list[dict]:
+    """Every arm (name -> flags) with every seed on a text: rows of `arm`, `seed` and the run's summary, saved or new.
+    Raises InputError."""
+    rows, saved = {}, saved_rows(corpus)
     for seed, arm in itertools.product(seeds, arms):
-        flags = common | arms[arm] | {"seed": seed}
+        flags = arms[arm] | {"corpus": corpus, "seed": seed}
         rows[arm, seed] = (saved.get(run_name(**flags)) or summary(distil(**flags))) | {"arm": arm, "seed": seed}
     return [rows[arm, seed] for arm in arms for seed in seeds]
 
@@ -199,7 +215,10 @@ def main(name: str, description: str, measure, draw, **required_flags: str):
     args = parser.parse_args()
     path = RESULTS / f"{name}.json"
     if not args.draw:
-        result = header(sys.argv[1:]) | measure(args)
+        try:
+            result = header(sys.argv[1:]) | measure(args)
+        except InputError as error:
+            parser.error(str(error))
         path.write_text(json.dumps(result, indent=1) + "\n")
     figure = draw(json.loads(path.read_text()))
     figure.savefig(FIGURES / f"{name}.png", dpi=DPI)

@@ -9,7 +9,7 @@ def measure(args) -> dict:
     # Defaults are left out, so that their runs are shared with other experiments
     arms = {f"{criterion}, {width}": ({} if criterion == "sensitivity" else {"importance": criterion})
             | ({} if width == 128 else {"target_width": width}) for width in WIDTHS for criterion in CRITERIA}
-    return {"rows": experiment.compare(arms, args.seeds, corpus=args.corpus)}
+    return {"rows": experiment.compare(arms, args.seeds, args.corpus)}
 
 
 def draw(result: dict):

@@ -19,7 +19,7 @@ ARMS = {
 
 
 def measure(args) -> dict:
-    return {"rows": experiment.compare(ARMS, args.seeds, corpus=args.corpus)}
+    return {"rows": experiment.compare(ARMS, args.seeds, args.corpus)}
 
 
 def draw(result: dict):

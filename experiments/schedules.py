@@ -26,7 +26,7 @@ DRAWN = {  # arm -> label, and where it stands
 
 
 def measure(args) -> dict:
-    return {"rows": experiment.compare(ARMS, args.seeds, corpus=args.corpus)}
+    return {"rows": experiment.compare(ARMS, args.seeds, args.corpus)}
 
 
 def draw(result: dict):

@@ -164,14 +164,14 @@ def wordpiece_tokenizer(vocab: dict[str, int], lowercase=True, strip_accents=Non
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int):
-    """Write tokenizer.json, tokenizer_config.json and, for WordPiece, vocab.txt as the AutoTokenizer of `transformers`
-    expects them."""
+    """Write tokenizer.json, tokenizer_config.json and, for WordPiece, vocab.txt (if no id is missing) as the
+    AutoTokenizer of `transformers` expects them."""
     folder = Path(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     is_wordpiece, rules = isinstance(tokenizer.model, models.WordPiece), tokenizer.normalizer
-    if is_wordpiece:
-        vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-        (folder / "vocab.txt").write_text("".join(f"{word}\n" for word, _ in vocab), encoding="utf-8")
+    words = {i: word for word, i in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])}
+    if is_wordpiece and list(words) == list(range(len(words))):  # the line is the id: no file could tell a gap
+        (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in words.values()), encoding="utf-8")
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length,
                 "model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
     settings |= {f"{role}_token": token for role, token in tokenizer.special.items()}

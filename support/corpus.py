@@ -59,7 +59,7 @@ def corpus_files(corpora: list[str]) -> Files:
             if not found:
                 raise InputError(f"corpus {corpus}: no such file or folder with a name in {', '.join(SUFFIXES)}")
             files += found
-    return files
+    return list({os.path.realpath(str(file)): file for file in files}.values())  # what is named twice is read once
 
 
 def hub_texts(corpus: str, config: str, names: list[str]) -> list[str]:

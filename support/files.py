@@ -52,11 +52,12 @@ def write_atomically(path: Path, content: str | bytes):
 
 
 @contextlib.contextmanager
-def locked(folder: Path):
-    """`with locked(folder)`: one process at a time. The lock ends with its owner, however that ends."""
+def locked(folder: Path, wait: bool = True):
+    """`with locked(folder)`: one process at a time. The lock ends with its owner, however that ends. If another process
+    has it, this one waits or raises BlockingIOError."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
         os.close(descriptor)

@@ -60,7 +60,8 @@ RUN_FLAGS = (
     Flag("--output", None, Path, "Run folder for run.json, log.jsonl and student/. Default: runs/TEACHER-D."),
     Flag("--keep-space", False, bool, "For sentence encoders: add a Dense layer, fitted by least squares on training "
          "text, that maps the student's vectors into the teacher's vector space, so that they can be searched in an "
-         "index built with the teacher. Without it, sentence vectors have --target-width dimensions."),
+         "index built with the teacher. Without it, sentence vectors have --target-width dimensions, unless the "
+         "teacher has a Dense layer."),
     Flag("--overwrite", False, bool, "Replace the run in the output folder."),
     Flag("--resume", False, bool, "Resume the run in --output with its original flags, from its last checkpoint."),
     Flag("--save-minutes", 15.0, NONNEGATIVE, "Minutes between checkpoints."),
@@ -82,7 +83,7 @@ EVALUATION_FLAGS = (
 )
 MAY_CHANGE_ON_RESUME = {  # these change the student by rounding at most, except for other draws of dropout and noise
     "output", "overwrite", "resume", "save_minutes", "cache_dir", "eval_every", "eval_rows", "eval_prunes", "log_every",
-    "micro_batch_size", "device"}
+    "micro_batch_size", "device", "teacher", "corpus"}  # the last two may have moved: Session compares their contents
 
 
 def parse_flags(argv: list[str] | None, description: str, method_flags: tuple[Flag, ...],

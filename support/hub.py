@@ -94,6 +94,6 @@ def hub_files(name: str, kind: str, wanted: Callable[[list[str]], list[str]], do
                 if all(present == int(count) for (_, count), present in parts.items()):
                     return cached, files
         if isinstance(error, RepositoryNotFoundError):
-            raise InputError(f"{name}: there is no such folder here and no such public {kind} on the hub") from None
-        raise InputError(f"{name}: no such folder here, not in the hub's cache, and the hub did not deliver it "
+            raise InputError(f"{kind} {name}: no such folder here and no such public {kind} on the hub") from None
+        raise InputError(f"{kind} {name}: no such folder here, not in the hub's cache, and the hub did not deliver it "
                          f"({one_line(error)}); check the name and the network, or give a local folder") from None

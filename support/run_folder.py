@@ -15,7 +15,7 @@ import torch
 
 from support.distributed import WORLD
 from support.errors import InputError
-from support.files import read_json, write_atomically
+from support.files import locked, read_json, write_atomically
 
 CHECKPOINTS_KEPT = 2
 
@@ -31,15 +31,26 @@ def check_output(output: Path, overwrite: bool):
         raise InputError(f"--output {output} is in use: choose another folder, or use --overwrite if it holds a run")
 
 
+@contextlib.contextmanager
+def claimed(output: Path):
+    """The run folder, created if there is none, for this process alone. Raises InputError if another one runs there."""
+    output.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(output, wait=False))
+        except BlockingIOError:
+            raise InputError(f"a run in --output {output} has not ended: choose another folder") from None
+        yield
+
+
 def start_run(args: argparse.Namespace, fingerprints: dict[str, str]):
-    """Create the run folder, remove what an old run left in it, and write run.json: flags, versions, and the
-    fingerprints of corpus and teacher, so that a result can be traced."""
-    args.output.mkdir(parents=True, exist_ok=True)
+    """Remove what an old run left in the run folder, and write run.json: flags, versions, and the fingerprints of
+    corpus and teacher, so that a result can be traced."""
     student, work = args.output / "student", args.output / "student.unfinished"
     shutil.rmtree(work, ignore_errors=True)
     if student.is_dir():
         student.rename(work)  # in one step: a partly deleted student could be taken for a finished one
-    for old in (work, args.output / "checkpoints"):
+    for old in (work, args.output / "checkpoints", args.output / "tensorboard"):
         shutil.rmtree(old, ignore_errors=True)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "tokenizers", "safetensors")}
     versions |= {"python": platform.python_version(), "commit": program_commit()}

@@ -89,7 +89,8 @@ class Session:
             masked=self.teacher.cls is not None)
         if not WORLD <= args.batch_size <= len(self.rows):
             raise InputError(f"--batch-size {args.batch_size} must be from {WORLD}, the number of processes, to "
-                             f"{len(self.rows)}, the rows of {args.seq_length} tokens in the corpus")
+                             f"{len(self.rows)}, the training rows of {args.seq_length} tokens (documents stay whole, "
+                             f"and {len(self.heldout)} rows are held out)")
         self.sentences = sentences_of(self.heldout, REPORT_SENTENCES, self.tokenizer) if self.encoder else []
         if self.encoder and len(self.sentences) < 3:
             raise InputError("the held-out part of the corpus has fewer than 3 sentences to compare: use more text")
@@ -125,37 +126,42 @@ class Session:
     @contextlib.contextmanager
     def running(self, state):
         """The run folder, the log, the progress bar and the signal handlers, around the loop."""
-        args, student = self.args, state.distiller.student
-        if RANK == 0 and not args.resume:
-            run_folder.start_run(args, self.fingerprints)
-        self.print_plan(state)
-        with (
-            open(args.output / "log.jsonl" if RANK == 0 else os.devnull, "a") as self.log_file,
-            tqdm(total=args.steps, initial=state.step, unit="step", desc="distill",
-                 disable=None if RANK == 0 else True) as self.progress,
-            graceful_stop() as self.signals,
-        ):
-            if RANK == 0:  # forget what was logged after the checkpoint, which these steps log again
-                self.log_file.truncate(min(self.saved["log_bytes"], self.log_file.tell()) if self.saved else 0)
-            if self.saved:
-                self.result = self.saved["evaluation"]
-            else:
-                self.log_evaluation(state)
-            with fast.compiled(self, state) if fast.pays(self) else contextlib.nullcontext():
-                self.step_seconds: list[float] = []
-                self.step_start, self.saved_at = time.perf_counter(), time.monotonic()
-                yield
-        if RANK == 0:
-            encoder = self.student_encoder(state)
-            milliseconds = milliseconds_per_row([self.teacher, student], self.heldout, self.device, self.autocast)
-            if encoder:
-                self.result |= sentence_agreement(encoder.vectors(student, self.sentences),
-                                                  self.encoder.vectors(self.teacher, self.sentences))
-            table = end_table(self.teacher, student, self.result, milliseconds)
-            self.export(state, encoder, table)
-            shutil.rmtree(self.checkpoints)
-            print(table)
-            print(f"student: {args.output / 'student'}")
+        args = self.args
+        with run_folder.claimed(args.output) if RANK == 0 else contextlib.nullcontext():
+            if RANK == 0 and not args.resume:
+                run_folder.start_run(args, self.fingerprints)
+            self.print_plan(state)
+            with (
+                open(args.output / "log.jsonl" if RANK == 0 else os.devnull, "a") as self.log_file,
+                tqdm(total=args.steps, initial=state.step, unit="step", desc="distill",
+                     disable=None if RANK == 0 else True) as self.progress,
+                graceful_stop() as self.signals,
+            ):
+                if RANK == 0:  # forget what was logged after the checkpoint, which these steps log again
+                    self.log_file.truncate(min(self.saved["log_bytes"], self.log_file.tell()) if self.saved else 0)
+                if self.saved:
+                    self.result = self.saved["evaluation"]
+                else:
+                    self.log_evaluation(state)
+                with fast.compiled(self, state) if fast.pays(self) else contextlib.nullcontext():
+                    self.step_seconds: list[float] = []
+                    self.step_start, self.saved_at = time.perf_counter(), time.monotonic()
+                    yield
+            if RANK == 0:
+                self.finish(state)
+
+    def finish(self, state):
+        """Write the student and print the table at the end of a run."""
+        student, encoder = state.distiller.student, self.student_encoder(state)
+        milliseconds = milliseconds_per_row([self.teacher, student], self.heldout, self.device, self.autocast)
+        if encoder:
+            self.result |= sentence_agreement(encoder.vectors(student, self.sentences),
+                                              self.encoder.vectors(self.teacher, self.sentences))
+        table = end_table(self.teacher, student, self.result, milliseconds)
+        self.export(state, encoder, table)
+        shutil.rmtree(self.checkpoints)
+        print(table)
+        print(f"student: {self.args.output / 'student'}")
 
     def print_plan(self, state):
         args = self.args

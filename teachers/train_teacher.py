@@ -26,7 +26,7 @@ from model import Bert, BertConfig  # noqa: E402
 from support import checkpoint  # noqa: E402
 from support.corpus import corpus_files, numbered_pieces, tokenise  # noqa: E402
 from support.distributed import find_device, resolve_precision  # noqa: E402
-from support.errors import run_program  # noqa: E402
+from support.errors import InputError, run_program  # noqa: E402
 from support.flags import COUNT, NONNEGATIVE, number  # noqa: E402
 from support.hub import find_model  # noqa: E402
 
@@ -112,6 +112,8 @@ def main():
                         help="training time (default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="folder for the teacher and the token cache")
     args = parser.parse_args()
+    if (args.output / "config.json").exists():
+        raise InputError(f"--output {args.output} holds a model: choose another folder")
     torch.manual_seed(0)
     device = find_device("auto")
     precision = resolve_precision("auto", device)
@@ -120,8 +122,11 @@ def main():
     groups = [{"params": [p for p in bert.parameters() if p.dim() == dim], "weight_decay": decay}
               for dim, decay in ((2, 0.01), (1, 0.0))]  # the pooler gets no gradient and keeps its initial weights
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)
-    lengths = 128, min(512, bert.config.max_position_embeddings)
+    lengths = [min(length, bert.config.max_position_embeddings) for length in (128, 512)]
     phases = [MaskedRows(tokens.train, length, tokenizer, MASKED_FRACTION) for length in lengths]
+    heldout = MaskedRows(tokens.heldout, lengths[0], tokenizer)
+    if not len(phases[1]) or not len(heldout):
+        raise InputError(f"the corpus needs {lengths[1]} training tokens and {lengths[0]} held-out ones")
     start, step, elapsed = time.time(), 0, 0.0  # elapsed: fraction of the time
     while elapsed < 1:
         rows = phases[elapsed > 0.9]
@@ -133,9 +138,10 @@ def main():
         optimizer.step()
         optimizer.zero_grad()
         step, elapsed = step + 1, (time.time() - start) / (60 * args.minutes)
+        if not loss.isfinite():
+            raise InputError(f"the loss is not finite after {step} steps; try a smaller --learning-rate")
         if step % 100 == 0:
             print(f"step {step}, {elapsed:.0%} of the time, training loss {loss.item():.3f}", flush=True)
-    heldout = MaskedRows(tokens.heldout, 128, tokenizer)
     with torch.no_grad():
         loss = masked_lm_loss(bert, heldout.batch(np.arange(min(256, len(heldout))), seed=0, step=0), precision)
     print(f"{step} steps of {TOKENS_PER_STEP} tokens on {device} in {precision}, held-out loss {loss.item():.3f}")

@@ -294,6 +294,12 @@ MUTANTS = [
     ("benchmarks/traffic.py", "max(o.flops / args.tflops / 1e9, o.bytes / bandwidth / 1e6)", "o.flops / args.tflops / 1e9",
      "benchmarks", "follow_from_the_schedule"),
     ("benchmarks/traffic.py", "PAPER.prune_end * PAPER.steps", "PAPER.steps", "benchmarks", "follow_from_the_schedule"),
+    ("support/run_folder.py", "locked(output, wait=False)", "contextlib.nullcontext()", "session", "not_ended"),
+    ("support/run_folder.py", ', args.output / "tensorboard"', "", "session", "overwriting"),
+    ("support/corpus.py", "os.path.realpath(str(file))", "str(file)", "data", "named_twice"),
+    ("support/checkpoint.py", " and list(words) == list(range(len(words)))", "", "checkpoint", "gap"),
+    ("experiments/experiment.py", " and same <= row.items()", "", "experiments", "saved_results"),
+    ("experiments/experiment.py", 'if result["base"] == BASE ', "", "experiments", "saved_results"),
     # support/fast.py
     ("support/fast.py", "(self.query, self.key, self.value)", "(self.key, self.query, self.value)", "fast", "one_matmul"),
     ("support/fast.py", "output.to(torch.get_autocast_dtype(device)) if", "output if", "fast", "layer_norm_rounds"),

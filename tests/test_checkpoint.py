@@ -414,6 +414,17 @@ def test_tokenizer_from_vocab_txt_equals_the_original_one_and_is_saved_for_trans
         assert theirs(text)["input_ids"] == ours.encode(text).ids
 
 
+def test_a_vocabulary_with_a_gap_is_saved_without_vocab_txt(tmp_path):
+    (tmp_path / "student").mkdir()
+    words = [*VOCAB, "a", "a", "zebra"]  # the second "a" hides the first, whose id nothing has
+    ours = load_tokenizer(write_vocabulary(tmp_path, words), len(words))
+    save_tokenizer(ours, tmp_path / "student", 64)
+    assert not (tmp_path / "student" / "vocab.txt").exists()
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "student")
+    assert theirs("a zebra")["input_ids"] == ours.encode("a zebra").ids
+    assert ours.token_to_id("zebra") == len(words) - 1
+
+
 def test_vocabulary_of_bert_base_is_tokenized_as_in_transformers(shared, tmp_path):
     words = (shared / "data" / "vocab.txt").read_text(encoding="utf-8").split("\n")[:-1]
     ours = load_tokenizer(write_vocabulary(tmp_path, words), 30522)

@@ -691,7 +691,7 @@ BAD_FLAGS = {
     ("--target-intermediate", "65"): "from 1 to 64",
     ("--target-intermediate", "0"): "from 1 to 64",
     ("--corpus", "nowhere.txt"): "no such file or folder",
-    ("--batch-size", "100000"): "the rows of 16 tokens in the corpus",
+    ("--batch-size", "100000"): "the training rows of 16 tokens",
     ("--batch-size", "0"): "0 is not from 1",
     ("--steps", "1.5"): "invalid int value",
     ("--seq-length", "33"): "--seq-length 33 exceeds the teacher's 32",

@@ -16,6 +16,8 @@ sys.path.insert(0, str(ROOT / "experiments"))
 import experiment  # noqa: E402
 import plot_run  # noqa: E402
 
+import distill  # noqa: E402
+
 PRUNES = [{"event": "prune", "step": step, "before": {"hidden_size": before}, "after": {"hidden_size": after}}
           for step, before, after in ((2, 32, 24), (5, 24, 16))]
 EVALS = [{"event": "eval", "step": step, "kl": step / 10, "masked_lm_loss": 3.0 + step, "top1": 0.5,
@@ -117,6 +119,7 @@ def logged(tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "program", program)
     monkeypatch.setattr(experiment, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(experiment, "RESULTS", tmp_path)
+    monkeypatch.setattr(experiment, "origin", lambda corpus: {"teacher": "T", "corpus": "C"})
     return commands
 
 
@@ -142,9 +145,22 @@ def test_runs_in_the_saved_results_are_not_made_again(logged, tmp_path, monkeypa
         "corpus_text.txt_seed_0", "corpus_text.txt_seed_1",
         "corpus_text.txt_init_random_seed_0", "corpus_text.txt_init_random_seed_1"]
     assert len(logged) == 4 and {"--init=random"} < set(logged[2])
-    monkeypatch.setitem(experiment.BASE, "steps", 10)
-    experiment.compare({"plain": {}}, [0], corpus="text.txt")
+    with monkeypatch.context() as patch:
+        patch.setitem(experiment.BASE, "steps", 10)
+        experiment.compare({"plain": {}}, [0], corpus="text.txt")
     assert len(logged) == 5
+    monkeypatch.setattr(experiment, "origin", lambda corpus: {"teacher": "T", "corpus": "another text of that name"})
+    experiment.compare({"plain": {}}, [1], corpus="text.txt")
+    assert len(logged) == 6
+
+
+def test_the_origin_of_a_run_is_that_in_its_record(tmp_path):
+    (tmp_path / "text.txt").write_text("\n\n".join("the quick brown fox " * 100 for _ in range(20)))
+    flags = ["--corpus", str(tmp_path / "text.txt"), "--output", str(tmp_path / "run"), "--cache-dir", str(tmp_path),
+             "--steps", "1", "--batch-size", "1", "--eval-rows", "1", "--device", "cpu"]
+    assert distill.main(flags) == 0
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert experiment.origin(str(tmp_path / "text.txt")) == {name: record[name] for name in ("teacher", "corpus")}
 
 
 def test_the_curve_of_a_run_without_head_has_its_time(tmp_path):

@@ -66,6 +66,9 @@ def test_lock_lets_one_in_at_a_time_and_ends_with_an_error(tmp_path):
         raise KeyError
     thread.join(timeout=10)
     assert order == ["first", "second"]
+    with files.locked(tmp_path), pytest.raises(BlockingIOError), files.locked(tmp_path, wait=False):
+        order.append("both")
+    assert order == ["first", "second"]
 
 
 def test_fingerprint_changes_with_weights_shape_tokenizer_and_modules_only(checkpoint, tmp_path):

@@ -191,17 +191,47 @@ def test_save_minutes_is_the_time_between_checkpoints(runs, tmp_path, monkeypatc
         assert steps == expected
 
 
-def test_a_resumed_run_refuses_flags_that_would_change_the_student(runs, tmp_path, capsys):
+def test_a_resumed_run_refuses_flags_that_would_change_the_student(runs, checkpoint, corpus, tmp_path, capsys):
     runs.killed(tmp_path / "run", 4)
+    other, text = shutil.copytree(checkpoint, tmp_path / "other"), tmp_path / "text.txt"
+    (other / "special_tokens_map.json").write_text("{}")
+    text.write_text(corpus.read_text() + " and more")
     for more, words in ((("--steps", 11), "--steps was 10 when the run started and is now 11"),
                         (("--learning-rate", 0.5), "--learning-rate was 0.001"),
-                        (("--teacher", "elsewhere"), "--teacher was"), (("--alpha-mlm", 0.5), "--alpha-mlm was 1.0"),
+                        (("--teacher", other), "teacher has changed"), (("--corpus", text), "corpus has changed"),
+                        (("--alpha-mlm", 0.5), "--alpha-mlm was 1.0"),
                         (("--preset", "imitation"), "--preset was []"), (("--overwrite",), "excludes --overwrite")):
         assert resume(tmp_path / "run", *more) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and words in error
     assert resume(tmp_path / "run", "--steps", 10, "--eval-rows", 3, "--eval-every", 3, "--log-every", 5,
                   "--save-minutes", 1, "--eval-prunes") == 0
+
+
+def test_a_run_is_resumed_after_its_teacher_and_its_text_have_moved(runs, checkpoint, corpus, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "teacher")
+    shutil.copy(corpus, tmp_path / corpus.name)
+    runs.killed(tmp_path / "run", 4, "--teacher", tmp_path / "teacher", "--corpus", tmp_path / corpus.name)
+    shutil.rmtree(tmp_path / "teacher")
+    (tmp_path / corpus.name).unlink()
+    assert resume(tmp_path / "run", "--teacher", checkpoint, "--corpus", corpus) == 0
+    assert_same_end(tmp_path / "run", runs.undisturbed())
+
+
+def test_a_folder_in_which_a_run_has_not_ended_is_refused(runs, tmp_path, capsys):
+    runs.killed(tmp_path / "run", 4)
+    before = history(tmp_path / "run")
+    with run_folder.claimed(tmp_path / "run"):
+        assert resume(tmp_path / "run") == runs.distill(tmp_path / "run", "--overwrite") == 2
+    assert capsys.readouterr().err.count("has not ended") == 2
+    assert history(tmp_path / "run") == before and resume(tmp_path / "run") == 0
+
+
+def test_overwriting_a_run_removes_what_was_made_of_it(runs, tmp_path):
+    runs.killed(tmp_path / "run", 4)
+    (tmp_path / "run" / "tensorboard").mkdir()
+    assert runs.distill(tmp_path / "run", "--overwrite") == 0
+    assert_same_end(tmp_path / "run", runs.undisturbed())
 
 
 def test_the_command_of_a_run_can_be_given_again_with_resume(tmp_path, refused):

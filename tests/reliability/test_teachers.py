@@ -61,12 +61,12 @@ def train(tmp_path, monkeypatch):
     documents = [" ".join(words[i] for i in generator.integers(0, 300, 300)) for _ in range(120)]
     (tmp_path / "text.txt").write_text("\n\n".join(documents))
 
-    def run(*flags):
+    def run(*flags, output="teacher"):
         monkeypatch.setattr(sys, "argv", ["train_teacher.py", "--corpus", str(tmp_path / "text.txt"), "--minutes",
-                                          "0.005", "--output", str(tmp_path / "teacher"), *flags])
+                                          "0.005", "--output", str(tmp_path / output), *flags])
         train_teacher.main()
-        bert = load_model(tmp_path / "teacher")
-        return bert, load_tokenizer(tmp_path / "teacher", bert.config.vocab_size)
+        bert = load_model(tmp_path / output)
+        return bert, load_tokenizer(tmp_path / output, bert.config.vocab_size)
 
     return run
 
@@ -110,9 +110,21 @@ def test_the_script_puts_a_masked_lm_head_onto_an_encoder(train, tmp_path):
     head = bert.cls["predictions"]
     assert tokenizer.decode([head.bias.argmax().item()]).strip("#").startswith("w")  # of w000, w001, ...
     assert head.bias.exp().sum().item() == pytest.approx(1, abs=0.01)
-    trained, _ = train("--encoder", str(tmp_path / "encoder"))
+    trained, _ = train("--encoder", str(tmp_path / "encoder"), output="trained")
     after, before = (model.bert.layers[0].intermediate["dense"].weight for model in (trained, small))
     assert not torch.equal(after, before)
+
+
+def test_the_script_refuses_a_model_as_output_a_short_text_and_a_loss_that_is_not_finite(train, tmp_path, refused):
+    with refused("not finite", "--learning-rate"):
+        train("--learning-rate", "1e9", output="nan")
+    assert not (tmp_path / "nan" / "config.json").exists()
+    train()
+    with refused("holds a model"):
+        train()
+    (tmp_path / "text.txt").write_text("a b\n\nc d")
+    with refused("512 training tokens"):
+        train(output="short")
 
 
 def test_the_script_keeps_the_head_of_a_masked_lm(train):
