@@ -245,7 +245,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     count, fraction = number(int, 1, 10**9), number(float, 0, 1)
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--model", nargs="+", type=lambda name: str(Path(name)), required=True,  # without a last slash
+    add("--model", nargs="+", type=lambda name: name.rstrip("/") or name, required=True,
         help="Folders or hub names of the BERT checkpoints.")
     add("--task", nargs="+", required=True, choices=[*TASKS, "all"], metavar="TASK",
         help=f"One or more of {', '.join(TASKS)}, or all.")

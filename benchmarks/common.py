@@ -29,7 +29,7 @@ def header(argv: list[str], device: torch.device) -> dict:
     if device.type == "cuda":
         machine = torch.cuda.get_device_name(device)
     elif Path("/proc/cpuinfo").is_file():  # on ARM it names no model
-        machine = next(iter(re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())), machine)
+        machine = [*re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()), machine][0]
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers")}
     return {"machine": machine, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "device": device.type,
             "versions": {"python": platform.python_version()} | versions,

@@ -59,7 +59,7 @@ def check_bf16(shape: str, device, system: str = "ours") -> dict:
 
 def check_prune(shape: str, device):
     """Pruning the same units on the device and on the CPU leaves the same tensors, but for the last bit of Adam's
-    moments: to divide by a number, GPUs multiply by its inverse."""
+    moments: to divide by a number, torch multiplies by its inverse on CUDA."""
     ours = build(shape, ["ours"], device, bf16=False)["ours"]
     ours.step([random_batch(shape, 2, device)])
     copies = []

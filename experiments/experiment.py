@@ -1,8 +1,9 @@
 """What the experiments share: runs of distill.py, which are made once and resumed if interrupted, results and pictures.
 
 An experiment is a script with two functions: `measure(args)` returns the results, `draw(result)` a figure of them. The
-script makes the runs that are neither in experiments/runs nor in the saved results, and writes results/NAME.json and
-figures/NAME.png. With --draw it only draws the saved results.
+script makes the runs that do not exist yet in experiments/runs, and writes results/NAME.json and figures/NAME.png. With
+--draw it only draws the saved results. `compare` also takes runs from the saved results, of whatever commit; to measure
+again, delete these.
 """
 
 import argparse
@@ -198,7 +199,7 @@ def header(argv: list[str]) -> dict:
     argv = [re.sub(r"(^|=)/.*/(?=[^/])", r"\1", word) for word in argv]
     cpu = Path("/proc/cpuinfo")
     models = re.findall(r"model name\s*: (.*)", cpu.read_text()) if cpu.is_file() else []  # none on ARM
-    machine = models[0] if models else platform.machine()
+    machine = [*models, platform.machine()][0]
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "tokenizers")}
     return {"command": shlex.join(["python", f"experiments/{Path(sys.argv[0]).name}", *argv]),
             "machine": machine, "threads": os.environ.get("OMP_NUM_THREADS", os.cpu_count()), "versions": versions,

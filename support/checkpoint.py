@@ -169,9 +169,10 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int):
     folder = Path(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     is_wordpiece, rules = isinstance(tokenizer.model, models.WordPiece), tokenizer.normalizer
-    words = {i: word for word, i in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])}
-    if is_wordpiece and list(words) == list(range(len(words))):  # the line is the id: no file could tell a gap
-        (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in words.values()), encoding="utf-8")
+    vocab = tokenizer.get_vocab()
+    if is_wordpiece and max(vocab.values()) < len(vocab):  # a word's line number is its id, so no id may be missing
+        lines = (f"{word}\n" for word in sorted(vocab, key=vocab.get))
+        (folder / "vocab.txt").write_text("".join(lines), encoding="utf-8")
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length,
                 "model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
     settings |= {f"{role}_token": token for role, token in tokenizer.special.items()}

@@ -67,7 +67,7 @@ def switch_on(undo: contextlib.ExitStack, student, teacher, losses, backend: str
 
     # The sizes of parameters and the number of heads are variables, so that one compilation serves all layers and
     # widths. Equal sizes are separate variables: H*K is D before the first prune, but need not be afterwards. With
-    # several processes torch would also compile a layer in pieces, one for each of DDP's buckets, which hold the sizes.
+    # several processes torch would otherwise compile a layer in pieces, one for each of DDP's buckets, for fixed sizes.
     undo.enter_context(torch._dynamo.config.patch(
         force_parameter_static_shapes=False, force_nn_module_property_static_shapes=False,
         allow_unspec_int_on_nn_module=True, specialize_float=True, optimize_ddp=False))

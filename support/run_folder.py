@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from support.distributed import WORLD
+from support.distributed import RANK, WORLD, all_gather_objects
 from support.errors import InputError
 from support.files import locked, read_json, write_atomically
 
@@ -33,19 +33,25 @@ def check_output(output: Path, overwrite: bool):
 
 @contextlib.contextmanager
 def claimed(output: Path):
-    """The run folder, created if there is none, for this process alone. Raises InputError if another one runs there."""
-    output.mkdir(parents=True, exist_ok=True)
+    """The run folder, created if there is none, for this run alone. Raises InputError if another one is there. All
+    processes of a run must enter this together."""
     with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(locked(output, wait=False))
-        except BlockingIOError:
-            raise InputError(f"a run in --output {output} has not ended: choose another folder") from None
+        is_free = True
+        if RANK == 0:
+            output.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(locked(output, wait=False))
+            except BlockingIOError:
+                is_free = False
+        if not all_gather_objects(is_free)[0]:
+            raise InputError(f"a run in --output {output} has not ended: stop it, or choose another folder")
         yield
 
 
 def start_run(args: argparse.Namespace, fingerprints: dict[str, str]):
     """Remove what an old run left in the run folder, and write run.json: flags, versions, and the fingerprints of
     corpus and teacher, so that a result can be traced."""
+    check_output(args.output, args.overwrite)  # again: another run may have ended there meanwhile
     student, work = args.output / "student", args.output / "student.unfinished"
     shutil.rmtree(work, ignore_errors=True)
     if student.is_dir():

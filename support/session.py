@@ -127,7 +127,7 @@ class Session:
     def running(self, state):
         """The run folder, the log, the progress bar and the signal handlers, around the loop."""
         args = self.args
-        with run_folder.claimed(args.output) if RANK == 0 else contextlib.nullcontext():
+        with run_folder.claimed(args.output):
             if RANK == 0 and not args.resume:
                 run_folder.start_run(args, self.fingerprints)
             self.print_plan(state)

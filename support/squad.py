@@ -34,7 +34,7 @@ def read_squad(path: Path, key: str) -> list[Example]:
                 answers = [(answer["text"], int(answer["answer_start"])) for answer in entry["answers"]]
                 "".join([entry["question"], paragraph["context"], *dict(answers)])  # a TypeError unless all are text
                 if not answers and key == "squad":
-                    raise InputError(f"{path}, question {entry['id']}: no answer; use --task squad_v2 for these")
+                    raise InputError(f"{path}, question {entry['id']}: no answer; use --task squad_v2")
                 questions.append(Example((entry["question"], paragraph["context"]), answers, entry["id"]))
     except (OSError, EOFError, KeyError, TypeError, ValueError, RecursionError, gzip.zlib.error) as error:
         raise InputError(f"{path}{where}: damaged, or not in SQuAD's format ({one_line(error)})") from None

@@ -138,12 +138,12 @@ def main():
         optimizer.step()
         optimizer.zero_grad()
         step, elapsed = step + 1, (time.time() - start) / (60 * args.minutes)
-        if not loss.isfinite():
-            raise InputError(f"the loss is not finite after {step} steps; try a smaller --learning-rate")
         if step % 100 == 0:
             print(f"step {step}, {elapsed:.0%} of the time, training loss {loss.item():.3f}", flush=True)
     with torch.no_grad():
         loss = masked_lm_loss(bert, heldout.batch(np.arange(min(256, len(heldout))), seed=0, step=0), precision)
+    if not loss.isfinite():
+        raise InputError("the held-out loss is not finite; try a smaller --learning-rate")
     print(f"{step} steps of {TOKENS_PER_STEP} tokens on {device} in {precision}, held-out loss {loss.item():.3f}")
     checkpoint.save_config(bert.config, args.output, "BertForMaskedLM")
     checkpoint.save_tokenizer(tokenizer, args.output, bert.config.max_position_embeddings)

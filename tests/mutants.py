@@ -41,7 +41,7 @@ MUTANTS = [
     ("distill.py", "{} if new_shape == session.target_shape else state.statistics", "state.statistics", "distill",
      "statistics_of_importance"),
     ("support/session.py", "if args.output.resolve() in folder.resolve().parents:", "if False:", "distill", "overwriting"),
-    ("finetune.py", "type=lambda name: str(Path(name)), ", "", "finetune", "slash"),
+    ("finetune.py", 'type=lambda name: name.rstrip("/") or name, ', "", "finetune", "slash"),
     ("benchmarks/throughput.py", "list(dict.fromkeys([*measured, last]))", "[*measured, last]", "benchmarks",
      "short_schedule"),
     ("prune.py", "intermediate, 4 * granularity", "intermediate, granularity", "prune", "schedule"),
@@ -297,7 +297,7 @@ MUTANTS = [
     ("support/run_folder.py", "locked(output, wait=False)", "contextlib.nullcontext()", "session", "not_ended"),
     ("support/run_folder.py", ', args.output / "tensorboard"', "", "session", "overwriting"),
     ("support/corpus.py", "os.path.realpath(str(file))", "str(file)", "data", "named_twice"),
-    ("support/checkpoint.py", " and list(words) == list(range(len(words)))", "", "checkpoint", "gap"),
+    ("support/checkpoint.py", " and max(vocab.values()) < len(vocab)", "", "checkpoint", "gap"),
     ("experiments/experiment.py", " and same <= row.items()", "", "experiments", "saved_results"),
     ("experiments/experiment.py", 'if result["base"] == BASE ', "", "experiments", "saved_results"),
     # support/fast.py

@@ -284,7 +284,9 @@ def test_a_saved_result_tells_its_origin_and_can_be_drawn(name):
     assert {"command", "machine", "versions", "commit", "date"} <= set(result) and result["rows"]
     if name in ("sentences", "minilm"):
         pytest.importorskip("onnxruntime")
-    experiment.plt.close(importlib.import_module(name).draw(result))
+    figure = importlib.import_module(name).draw(result)
+    assert all(axis.has_data() for axis in figure.axes)
+    experiment.plt.close(figure)
 
 
 @pytest.mark.parametrize("name", SAVED)
