@@ -13,7 +13,7 @@ from conftest import ROOT
 from test_session import Runs, assert_close_student, assert_same_end, history
 
 import distill
-from support.run_folder import load_newest
+from support.run_folder import claimed, load_newest
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -156,6 +156,13 @@ def test_processes_that_choose_different_units_stop(runs, tmp_path):
         "prune.choose_units = other", "sys.exit(distill.main(sys.argv[1:]))")
     done = torchrun(2, program, *runs.flags, "--output", tmp_path / "run")
     assert done.returncode != 0 and "the processes chose different units to prune" in done.stderr
+
+
+def test_a_folder_in_which_a_run_has_not_ended_is_refused_by_all_processes(runs, tmp_path):
+    with claimed(tmp_path / "run"):
+        done = torchrun(2, "distill.py", *runs.flags, "--output", tmp_path / "run")
+    assert done.returncode != 0 and done.stderr.count("has not ended") == 1
+    assert "RuntimeError" not in done.stderr and not (tmp_path / "run" / "run.json").exists()
 
 
 def test_the_tensors_from_before_a_prune_are_freed_before_ddp_is_rebuilt(runs, tmp_path):
