@@ -9,6 +9,7 @@ Equal peaks show that memory does not grow with the corpus.
 import argparse
 import json
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -34,9 +35,10 @@ def teacher_tokenizer():
 
 
 def tokenise(corpus: str, copies: int, cache: Path) -> dict:
-    """Tokenise `copies` copies of a corpus. To be called in a new process."""
+    """Tokenise `copies` copies of a file. To be called in a new process."""
+    files = [shutil.copy(corpus, f"{cache}/{copy}-{Path(corpus).name}") for copy in range(copies)]
     start = time.perf_counter()
-    tokens = tokenise_corpora([corpus] * copies, teacher_tokenizer(), cache)
+    tokens = tokenise_corpora(files, teacher_tokenizer(), cache)
     count = len(tokens.train) + len(tokens.heldout)
     return {"copies": copies, "tokens": count, "tokens_per_second": count / (time.perf_counter() - start),
             "peak_memory": peak_memory_mb(torch.device("cpu"))}
@@ -64,7 +66,7 @@ def batch_and_step(cache: Path, corpus: str, repeats: int) -> dict:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--corpus", help="File or folder, as for distill.py. Default: the demo text.")
+    parser.add_argument("--corpus", help="File, as for distill.py. Default: the demo text.")
     parser.add_argument("--repeats", type=int, default=20, help="Batches and steps to time. [%(default)s]")
     parser.add_argument("--threads", type=int, default=2, help="Threads of tokenizer and step. [%(default)s]")
     parser.add_argument("--json", type=Path, help="File for the result.")

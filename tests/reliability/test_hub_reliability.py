@@ -43,14 +43,14 @@ def hub(files: dict[str, bytes], downloaded: list[str]):
 
 def test_unreachable_hub_is_reported_quickly_in_one_line(python):
     answer, seconds, errors = find(python, "some-owner/some-bert")
-    assert answer.startswith("refused some-owner/some-bert") and "check the name and the network" in answer
+    assert answer.startswith("refused model some-owner/some-bert") and "check the name and the network" in answer
     assert seconds < 10 and errors == ""
 
 
 def test_silent_hub_is_reported_within_ten_seconds(python):
     with socket.create_server(("127.0.0.1", 0)) as silent:  # the system accepts connections, nobody answers
         answer, seconds, errors = find(python, "some-bert", endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}")
-    assert answer.startswith("refused some-bert") and "check the name and the network" in answer
+    assert answer.startswith("refused model some-bert") and "check the name and the network" in answer
     assert 1 < seconds < 10 and errors == ""
 
 
