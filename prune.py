@@ -270,7 +270,7 @@ def prune_units(model: nn.Module, keep: dict[str, torch.Tensor], new_shape: Shap
         for parameter in (query.weight, query.bias):
             parameter.mul_(scale)
             if optimizer is not None and parameter in optimizer.state:
-                optimizer.state[parameter]["exp_avg"].div_(scale)
-                optimizer.state[parameter]["exp_avg_sq"].div_(scale**2)
+                optimizer.state[parameter]["exp_avg"].mul_(1 / scale)
+                optimizer.state[parameter]["exp_avg_sq"].mul_(1 / scale**2)
     bert.config.hidden_size, bert.config.intermediate_size = new_shape.hidden_size, new_shape.intermediate_size
     bert.config.num_attention_heads, bert.config.attention_head_size = new_shape.num_heads, new_shape.head_size
