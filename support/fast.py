@@ -10,7 +10,6 @@ everything off.
 import contextlib
 import os
 import sys
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -63,11 +62,12 @@ def switch_on(undo: contextlib.ExitStack, student, teacher, losses, backend: str
         return torch.compile(function, dynamic=dynamic, fullgraph=True, backend=backend)  # raises; never eager instead
 
     def replace(owner, name: str, new):
-        undo.enter_context(mock.patch.object(owner, name, new))
+        undo.callback(setattr, owner, name, getattr(owner, name))
+        setattr(owner, name, new)
 
     # The sizes of parameters and the number of heads are variables, so that one compilation serves all layers and
     # widths. Equal sizes are separate variables: H*K is D before the first prune, but need not be afterwards. With
-    # several processes torch would otherwise compile a layer in pieces, one for each of DDP's buckets, for fixed sizes.
+    # several processes torch would otherwise split a layer where DDP's buckets end, and compile the parts for one size.
     undo.enter_context(torch._dynamo.config.patch(
         force_parameter_static_shapes=False, force_nn_module_property_static_shapes=False,
         allow_unspec_int_on_nn_module=True, specialize_float=True, optimize_ddp=False))
