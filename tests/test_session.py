@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import data
 import distill
 from data import MaskedRows
 from support import distributed, run_folder
@@ -225,6 +226,20 @@ def test_a_folder_in_which_a_run_has_not_ended_is_refused(runs, tmp_path, capsys
         assert resume(tmp_path / "run") == runs.distill(tmp_path / "run", "--overwrite") == 2
     assert capsys.readouterr().err.count("has not ended") == 2
     assert history(tmp_path / "run") == before and resume(tmp_path / "run") == 0
+
+
+def test_a_run_that_another_one_made_meanwhile_is_not_overwritten(runs, tmp_path, monkeypatch, capsys):
+    load_rows = data.load_rows
+
+    def tokenise_slowly(*args, **kwargs):
+        shutil.copytree(runs.undisturbed(), tmp_path / "run")
+        return load_rows(*args, **kwargs)
+
+    runs.undisturbed()
+    monkeypatch.setattr(data, "load_rows", tokenise_slowly)
+    assert runs.distill(tmp_path / "run") == 2
+    assert "is in use" in capsys.readouterr().err
+    assert_same_end(tmp_path / "run", runs.undisturbed())
 
 
 def test_overwriting_a_run_removes_what_was_made_of_it(runs, tmp_path):

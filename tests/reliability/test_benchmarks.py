@@ -161,6 +161,14 @@ def test_a_short_schedule_measures_every_shape_once():
     assert len(measured) == len(set(measured)) < 5 and measured[-1] == systems.target(systems.SHAPES["small"][0])
 
 
+def test_the_kernels_of_attention_on_a_gpu_are_those_of_the_program(monkeypatch):
+    for name, answer in (("is_available", True), ("device_count", 1), ("set_device", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    systems.build("toy", [], torch.device("cuda"), bf16=False)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_gpu_checks_pass_on_the_cpu_and_find_errors(monkeypatch, capsys):
     gpu.check_bf16("toy", CPU)
     gpu.check_prune("toy", CPU)
