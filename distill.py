@@ -299,7 +299,7 @@ def distill(args: argparse.Namespace, session: Session, state: TrainingState):
                     compensate(distiller, keep, fit_batches(session, max(map(len, keep.values())), state.step + 1))
                 prune.prune_units(distiller, keep, new_shape, optimizer, (state.lineage, *state.statistics.values()))
                 state.shape = new_shape
-                state.statistics = {} if new_shape == session.target_shape else state.statistics  # of no more use
+                state.statistics = {} if new_shape == session.target_shape else state.statistics  # no longer needed
             state.wrap()  # DDP must be rebuilt around the new parameters
 
         # 5. Log, evaluate and save. A signal stops the run before the next micro-batch.

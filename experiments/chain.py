@@ -8,7 +8,7 @@ because the KL divergence of a chained student is measured from another teacher.
 import experiment
 
 WIDTHS, LINK = (192, 128, 64), 500
-COMMON = {"preset": "compensated", "learning_rate": 2e-3}  # of preset demo, which a named teacher excludes
+COMMON = {"preset": "compensated", "learning_rate": 2e-3}  # that of --preset demo
 
 
 def measure(args) -> dict:

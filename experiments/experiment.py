@@ -48,7 +48,7 @@ SINGLE = {"prune_start": 1 / 30, "prune_end": 1 / 30}  # everything is pruned at
 
 
 def program(script: str, *arguments):
-    """Run a program of this project to its end. If it fails, it has said why."""
+    """Run a program of this project to its end, or exit as it does."""
     if code := subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)]).returncode:
         sys.exit(code)
 

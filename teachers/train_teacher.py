@@ -126,7 +126,7 @@ def main():
     phases = [MaskedRows(tokens.train, length, tokenizer, MASKED_FRACTION) for length in lengths]
     heldout = MaskedRows(tokens.heldout, lengths[0], tokenizer)
     if not len(phases[1]) or not len(heldout):
-        raise InputError(f"the corpus needs {lengths[1]} training tokens and {lengths[0]} held-out ones")
+        raise InputError(f"the corpus needs at least {lengths[1]} training tokens and {lengths[0]} held-out tokens")
     start, step, elapsed = time.time(), 0, 0.0  # elapsed: fraction of the time
     while elapsed < 1:
         rows = phases[elapsed > 0.9]
