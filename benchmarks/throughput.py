@@ -230,7 +230,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--shape", choices=SHAPES, default="small", help="The teacher; the target is half its width.")
     parser.add_argument("--device", default="cpu", help="cpu or cuda.")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="Of all systems, and of "
-                        "the matmul whose rate utilisation refers to. auto: bf16 where it is native.")
+                        "the matmul whose rate utilisation refers to. auto: bf16 where it is native and faster.")
     parser.add_argument("--quick", action="store_true", help="Three widths, not five (nine on CUDA); fewer repeats.")
     parser.add_argument("--repeats", type=int, help="Steps to time at each width. 3 with --quick, else 5.")
     parser.add_argument("--batch-size", type=int, help="Rows per step. 8 for base, 16 for small, 1024 on CUDA.")

@@ -71,7 +71,7 @@ RUN_FLAGS = (
     Flag("--seed", 0, number(int, 0, 2**32 - 1), "Seed of row order, masks and dropout."),
     Flag("--device", "auto", str, "cpu, cuda or cuda:N. auto uses a GPU if there is one."),
     Flag("--precision", "auto", ("auto", "fp32", "bf16"), "Precision of matmuls. auto is bf16 on GPUs "
-         "and CPUs that multiply it natively, else fp32."),
+         "and CPUs that multiply it natively and faster than fp32, else fp32."),
     Flag("--deterministic", False, bool, "Make runs on the same GPU reproducible bit for bit, at some cost. Runs on a "
          "CPU always are."),
 )

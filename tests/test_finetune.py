@@ -400,7 +400,7 @@ def test_a_loss_that_is_not_finite_is_an_error(start, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("native, chosen", [(False, "fp32"), (True, "bf16")])
-def test_auto_takes_bf16_on_a_cpu_that_multiplies_it_natively(start, recorded, monkeypatch, capsys, native, chosen):
+def test_auto_takes_bf16_on_a_cpu_that_multiplies_it_faster(start, recorded, monkeypatch, capsys, native, chosen):
     monkeypatch.setattr("support.distributed.platform.machine", lambda: "x86_64")
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: native)
