@@ -39,8 +39,9 @@ from support.files import model_fingerprint  # noqa: E402
 from support.run_folder import program_commit  # noqa: E402
 
 # The budget of most experiments: the bundled teacher (4 layers x 256) to half its width, 1,000 steps of 8 x 128 tokens.
-# A million tokens, 10 minutes on one core. Without --teacher, distill.py takes the bundled one and --preset demo.
-BASE = {"steps": 1000, "batch-size": 8, "eval-every": 100, "eval-rows": 256}
+# A million tokens, 10 minutes on one core, in the same precision on every machine. Without --teacher, distill.py takes
+# the bundled one and --preset demo.
+BASE = {"steps": 1000, "batch-size": 8, "eval-every": 100, "eval-rows": 256, "precision": "fp32"}
 BUDGET = "bundled teacher, 1,000 steps of 8 x 128 tokens of Wikipedia"
 SINGLE = {"prune_start": 1 / 30, "prune_end": 1 / 30}  # everything is pruned at once
 
