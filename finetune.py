@@ -154,7 +154,7 @@ def predict(net: TaskModel, rows: list[Row], job: Job, device):
     for start in tqdm(range(0, len(rows), 2 * job.batch_size), desc="evaluate", disable=None, leave=False):
         batch = [rows[i] for i in order[start : start + 2 * job.batch_size]]
         ids, types, mask, _ = make_batch(batch, net.config, device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=job.bf16):
+        with distributed.autocast(device, job.bf16):
             logits.extend(net(ids, types, mask).cpu().numpy())
     logits = [logits[i] for i in np.argsort(order)]  # in the order of the rows
     if net.kind == "span":
@@ -199,7 +199,7 @@ def fine_tune(folder: Path, rows: dict[str, list[Row]], job: Job, device) -> tup
         batches = training_batches(rows["train"], job.batch_size, job.seed, epoch)[: steps - step]
         for batch in tqdm(batches, desc=f"{job}, epoch {epoch} of {job.epochs}", disable=None, leave=False):
             ids, types, mask, labels = make_batch(batch, net.config, device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=job.bf16):
+            with distributed.autocast(device, job.bf16):
                 logits = net(ids, types, mask)
             loss = task_loss(net.kind, logits, labels)
             loss.backward()

@@ -25,7 +25,7 @@ from distill import ADAM_BETAS, ADAM_EPS, Distiller, mean_mse
 from model import Bert, BertConfig, Output, mean_attention_scores
 from prune import Shape
 from support import fast
-from support.distributed import find_device, synchronized_time
+from support.distributed import autocast, find_device, synchronized_time
 from support.shapes import target_shape
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -72,7 +72,7 @@ class Ours:
         self.lineage = prune.teacher_indices(self.distiller)
 
     def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+        with autocast(self.device, self.bf16):
             with torch.no_grad():
                 target = self.teacher(batch.input_ids, batch.positions, want_scores=True)
             return self.distiller(batch, target)

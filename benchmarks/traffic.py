@@ -10,7 +10,7 @@ FLOPs are torch's own formulas. An operation takes max(FLOPs / rate, bytes / ban
 launches, Python and communication take no time. Between the given widths, times are interpolated.
 
 Tensors are on a fake CPU, because only a build for CUDA can differentiate fake CUDA tensors. LayerNorms compute and
-return float32, as with autocast on CUDA.
+return float32 and attention computes in bf16, as with autocast on CUDA.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from typing import NamedTuple
 from unittest.mock import patch
 
 import numpy as np
+import systems
 import torch
 import torch.nn.functional as F
 from common import PAPER
@@ -155,6 +156,7 @@ def count(config: BertConfig, shape: prune.Shape, rows: int, seq_length: int, co
         for owner, name, new in (
                 (torch, "compile", lambda function, **flags: torch_compile(function, **flags | {"dynamic": False})),
                 (torch.nn.Module, "to", lambda module, device: module),  # torch cannot move fake parameters
+                (systems, "autocast", lambda device, bf16: torch.autocast(device.type, torch.bfloat16)),
                 (LayerNorm, "forward", lambda norm, x: F.layer_norm(x.float(), x.shape[-1:], norm.weight, norm.bias))):
             undo.enter_context(patch.object(owner, name, new))
         teacher, student = (Bert(BertConfig(**vars(config)), pooler=False) for _ in range(2))

@@ -121,7 +121,7 @@ class Session:
         return max(1, int(free / 2 / (4 * token * args.seq_length)))
 
     def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16")
+        return distributed.autocast(self.device, self.args.precision == "bf16")
 
     @contextlib.contextmanager
     def running(self, state):

@@ -25,7 +25,7 @@ from data import MaskedRows  # noqa: E402
 from model import Bert, BertConfig  # noqa: E402
 from support import checkpoint  # noqa: E402
 from support.corpus import corpus_files, numbered_pieces, tokenise  # noqa: E402
-from support.distributed import find_device, resolve_precision  # noqa: E402
+from support.distributed import autocast, find_device, resolve_precision  # noqa: E402
 from support.errors import InputError, run_program  # noqa: E402
 from support.flags import COUNT, NONNEGATIVE, number  # noqa: E402
 from support.hub import find_model  # noqa: E402
@@ -96,7 +96,7 @@ def encoder_with_head(args: argparse.Namespace):
 
 def masked_lm_loss(bert: Bert, batch, precision: str) -> torch.Tensor:
     batch = batch.to(bert.cls["predictions"].bias.device)
-    with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=precision == "bf16"):
+    with autocast(batch.input_ids.device, precision == "bf16"):
         logits = bert(batch.input_ids, batch.positions).logits
     return F.cross_entropy(logits.float(), batch.labels)
 

@@ -4,9 +4,10 @@ import platform
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from support import distributed
-from support.distributed import find_device, resolve_precision
+from support.distributed import autocast, find_device, resolve_precision
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -49,3 +50,26 @@ def test_attention_of_cudnn_is_off_on_a_gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
     torch.backends.cuda.enable_cudnn_sdp(True)
     assert find_device("auto") == GPU and not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_in_bf16_attention_stays_in_float32_on_a_cpu():
+    plain = F.scaled_dot_product_attention
+    q, k, v = torch.randn(3, 2, 4, 16, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = plain(q.float(), k.float(), v.float()).bfloat16()
+    assert not torch.equal(plain(q, k, v), exact)  # as it would be in bf16
+    with autocast(CPU, bf16=True):
+        assert torch.equal(F.scaled_dot_product_attention(q, k, v), exact)
+        assert F.linear(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.bfloat16
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+@pytest.mark.parametrize("device, bf16", [(CPU, False), (GPU, True)])
+def test_attention_is_the_plain_one_in_fp32_on_a_gpu_and_afterwards(device, bf16):
+    plain = F.scaled_dot_product_attention
+    with autocast(device, bf16):
+        assert F.scaled_dot_product_attention is plain
+        assert F.linear(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.float32
+    with pytest.raises(InterruptedError), autocast(CPU, bf16=True):
+        assert F.scaled_dot_product_attention is not plain
+        raise InterruptedError
+    assert F.scaled_dot_product_attention is plain
