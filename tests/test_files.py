@@ -1,4 +1,4 @@
-"""Atomic writes, locks, fingerprints of model folders, and the files that list the requirements."""
+"""Atomic writes, locks, fingerprints of model folders, the files that list the requirements, and the mutants."""
 
 import os
 import shutil
@@ -8,6 +8,7 @@ import tomllib
 
 import pytest
 from conftest import ROOT
+from mutants import MUTANTS
 from packaging.requirements import Requirement
 
 from support import files
@@ -107,3 +108,7 @@ def test_pyproject_toml_admits_the_versions_of_requirements_txt():
     pins = dict(line.split("==") for line in (ROOT / "requirements.txt").read_text().splitlines() if "==" in line)
     assert ranges.keys() == pins.keys()
     assert all(ranges[name].contains(version) for name, version in pins.items())
+
+
+def test_the_line_of_every_mutant_stands_in_its_file_once():
+    assert [(file, line) for file, line, *_ in MUTANTS if (ROOT / file).read_text().count(line) != 1] == []
