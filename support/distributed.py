@@ -52,7 +52,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
         native = torch.cuda.get_device_capability(device) >= (8, 0)  # older GPUs emulate it
     elif platform.machine() in ("arm64", "aarch64"):
         native = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    else:  # Intel's without AMX (which virtual machines may hide) multiply bf16 at half the rate of fp32
+    else:  # Intel's without AMX multiply bf16 at half the rate of fp32 (docs/performance.md)
         native = torch.cpu._is_amx_tile_supported() or (
             torch.cpu._is_avx512_bf16_supported() and "GenuineIntel" not in CPUINFO.read_text())
     return "bf16" if native else "fp32"
@@ -60,13 +60,13 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 @contextlib.contextmanager
 def autocast(device: torch.device, bf16: bool):
-    """Compute matmuls in bf16 if wanted. On a CPU attention stays in float32, in which torch's kernel for its gradients
-    is several times as fast."""
+    """Compute matmuls in bf16 if wanted. On a CPU attention stays in float32, in which torch computes its gradients up
+    to five times as fast (docs/performance.md)."""
     attention = F.scaled_dot_product_attention
 
-    def float32_attention(q, k, v, **options):
+    def float32_attention(query, key, value, *args, **options):
         with torch.autocast("cpu", enabled=False):
-            return attention(q.float(), k.float(), v.float(), **options).to(q.dtype)
+            return attention(query.float(), key.float(), value.float(), *args, **options).to(query.dtype)
 
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         try:

@@ -257,8 +257,12 @@ MUTANTS = [
     ("support/distributed.py", ' and "GenuineIntel" not in CPUINFO.read_text()', "", "distributed", "faster"),
     ("support/distributed.py", 'with torch.autocast("cpu", enabled=False)', "with contextlib.nullcontext()", "distributed",
      "stays_in_float32"),
-    ("support/distributed.py", "attention(q.float(), k.float(), v.float(), **options)", "attention(q, k, v, **options)",
+    ("support/distributed.py", "attention(query.float(), key.float(), value.float(),", "attention(query, key, value,",
      "distributed", "stays_in_float32"),
+    ("support/distributed.py", "value.float(), *args,", "value.float(),", "distributed", "stays_in_float32"),
+    ("support/distributed.py", "*args, **options).to", "*args).to", "distributed", "stays_in_float32"),
+    ("support/distributed.py", "torch.autocast(device.type, torch.bfloat16,", "torch.autocast(device.type,", "distributed",
+     "plain_one"),
     ("support/distributed.py", 'if bf16 and device.type == "cpu":', "if bf16:", "distributed", "plain_one"),
     ("support/distributed.py", 'if bf16 and device.type == "cpu":', 'if device.type == "cpu":', "distributed", "plain_one"),
     ("support/distributed.py", "            F.scaled_dot_product_attention = attention\n", "            pass\n",
@@ -335,6 +339,9 @@ MUTANTS = [
     ("support/batches.py", "mask & (columns >=", "mask & (columns >", "finetune", "batches"),
     ("support/squad.py", "null[key] > score", "null[key] < score", "squad", "best_valid or lowest_null"),
     ("support/squad.py", "MAX_ANSWER_TOKENS - 1)", "MAX_ANSWER_TOKENS)", "squad", "best_valid"),
+    ("experiments/experiment.py", ', "precision": "fp32"}', "}", "experiments", "tells_its_origin"),
+    ("finetune.py", "with distributed.autocast(device, job.bf16):\n            logits.extend",
+     "with distributed.autocast(device, False):\n            logits.extend", "finetune", "precision_of_the_job"),
     ("finetune.py", "if before.get(name) != now[name]]:", "if False]:", "finetune", "finished_results"),
 ]
 

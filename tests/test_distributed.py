@@ -55,10 +55,11 @@ def test_attention_of_cudnn_is_off_on_a_gpu(monkeypatch):
 def test_in_bf16_attention_stays_in_float32_on_a_cpu():
     plain = F.scaled_dot_product_attention
     q, k, v = torch.randn(3, 2, 4, 16, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
-    exact = plain(q.float(), k.float(), v.float()).bfloat16()
-    assert not torch.equal(plain(q, k, v), exact)  # as it would be in bf16
+    mask = torch.ones(16, 16).tril().bool()
+    exact = plain(q.float(), k.float(), v.float(), mask, scale=0.5).bfloat16()
+    assert not torch.equal(plain(q, k, v, mask, scale=0.5), exact)  # as it would be in bf16
     with autocast(CPU, bf16=True):
-        assert torch.equal(F.scaled_dot_product_attention(q, k, v), exact)
+        assert torch.equal(F.scaled_dot_product_attention(q, k, v, mask, scale=0.5), exact)
         assert F.linear(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.bfloat16
 
 
@@ -67,7 +68,7 @@ def test_in_bf16_attention_stays_in_float32_on_a_cpu():
 def test_attention_is_the_plain_one_in_fp32_on_a_gpu_and_afterwards(device, bf16):
     plain = F.scaled_dot_product_attention
     with autocast(device, bf16):
-        assert F.scaled_dot_product_attention is plain
+        assert F.scaled_dot_product_attention is plain and torch.get_autocast_dtype(device.type) == torch.bfloat16
         assert F.linear(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.float32
     with pytest.raises(InterruptedError), autocast(CPU, bf16=True):
         assert F.scaled_dot_product_attention is not plain

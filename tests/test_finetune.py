@@ -415,6 +415,19 @@ def test_a_gpu_computes_in_bf16_by_default(checkpoint, rte, tmp_path):
     assert stored(tmp_path)[0]["bf16"] is True
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_training_and_prediction_have_the_precision_of_the_job(checkpoint, rte, tokenizer, monkeypatch, bf16):
+    seen, autocast = [], finetune.distributed.autocast
+
+    def recorded(device, bf16):
+        seen.append((torch.is_grad_enabled(), bf16))
+        return autocast(device, bf16)
+
+    monkeypatch.setattr(finetune.distributed, "autocast", recorded)
+    train(checkpoint, rte, tokenizer, bf16=bf16, max_steps=1)
+    assert set(seen) == {(True, bf16), (False, bf16)}
+
+
 # ---- Flags ---------------------------------------------------------------------------------------------------
 
 
