@@ -1,7 +1,4 @@
-"""Which neurons to prune: by sensitivity, PLATON, magnitude or chance.
-
-To half the width with all seeds, and to a quarter with the first.
-"""
+"""Which neurons to prune: by sensitivity, PLATON, magnitude or chance, to half and to a quarter of the width."""
 
 import experiment
 
@@ -13,7 +10,7 @@ def measure(args) -> dict:
     half = {criterion: {} if criterion == "sensitivity" else {"importance": criterion} for criterion in CRITERIA}
     quarter = {criterion: flags | {"target_width": 64} for criterion, flags in half.items()}
     rows = [row | {"width": 128} for row in experiment.compare(half, args.seeds, args.corpus)]
-    rows += [row | {"width": 64} for row in experiment.compare(quarter, args.seeds[:1], args.corpus)]
+    rows += [row | {"width": 64} for row in experiment.compare(quarter, args.seeds, args.corpus)]
     return {"rows": rows}
 
 
