@@ -16,7 +16,7 @@ def measure(args) -> dict:
 
 def draw(result: dict):
     figure, axes = experiment.panels(
-        "Which neurons to prune: sensitivity and PLATON are equally good", experiment.BUDGET, 2, 2.8, sharey=True)
+        "Which neurons to prune: PLATON is no better than sensitivity", experiment.BUDGET, 2, 2.8, sharey=True)
     for axis, width in zip(axes, (128, 64), strict=True):
         rows = [row for row in result["rows"] if row["width"] == width]
         experiment.plot_dots(axis, rows, lambda row: row["kl"][-1], experiment.LABELS["kl"])
