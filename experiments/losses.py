@@ -32,6 +32,7 @@ def draw(result: dict):
     axes[0].set_xlim(left=0)
     teacher = result["rows"][0]["masked_lm_loss"][0]  # the student starts as a copy of the teacher
     axes[1].axvline(teacher, color=experiment.GREY, linestyle=":")
+    axes[1].set_xlim(left=teacher - 0.05)
     axes[1].annotate("teacher", (teacher, 3.5), (-5, 0), textcoords="offset points", rotation=90, va="center",
                      ha="right", color=experiment.GREY)
     return figure
