@@ -96,11 +96,19 @@ def curve(folder: Path) -> dict[str, list[float]]:
                if key in evaluations[0]}}
 
 
+def machine() -> str:
+    """The name of this processor."""
+    cpu = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.*)", cpu.read_text()) if cpu.is_file() else []  # none on ARM
+    return [*models, platform.machine()][0]
+
+
 def summary(folder: Path) -> dict:
-    """A run's name, the commit that made it, the hashes of its teacher and its text, and its curve."""
+    """The name of a run that this machine made, the commit that made it, the hashes of its teacher and its text, and
+    its curve."""
     record = json.loads((folder / "run.json").read_text())
-    return {"run": folder.name, "commit": record["versions"]["commit"], "teacher": record["teacher"],
-            "corpus": record["corpus"], **curve(folder)}
+    return {"run": folder.name, "commit": record["versions"]["commit"], "machine": machine(),
+            "teacher": record["teacher"], "corpus": record["corpus"], **curve(folder)}
 
 
 def origin(corpus: str) -> dict[str, str]:
@@ -198,12 +206,9 @@ def plot_dots(axis, rows: list[dict], value, label: str):
 def header(argv: list[str]) -> dict:
     """Where, when and how a result was made. Of absolute paths only the names are kept."""
     argv = [re.sub(r"(^|=)/.*/(?=[^/])", r"\1", word) for word in argv]
-    cpu = Path("/proc/cpuinfo")
-    models = re.findall(r"model name\s*: (.*)", cpu.read_text()) if cpu.is_file() else []  # none on ARM
-    machine = [*models, platform.machine()][0]
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "tokenizers")}
     return {"command": shlex.join(["python", f"experiments/{Path(sys.argv[0]).name}", *argv]),
-            "machine": machine, "threads": os.environ.get("OMP_NUM_THREADS", os.cpu_count()), "versions": versions,
+            "machine": machine(), "threads": os.environ.get("OMP_NUM_THREADS", os.cpu_count()), "versions": versions,
             "commit": program_commit(), "date": datetime.date.today().isoformat(), "base": BASE}
 
 

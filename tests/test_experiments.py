@@ -130,7 +130,8 @@ def test_equal_flags_share_one_run_and_its_curve_is_that_of_its_log(logged):
     assert "--seed=1" in logged[2] and {"--steps=1000", "--corpus=text.txt"} < set(logged[2])
     assert rows[0]["step"] == [0, 5, 10] and rows[0]["tokens"] == [0, 500, 1000] and rows[0]["kl"] == [0.0, 0.5, 1.0]
     assert rows[0]["seconds"] == [0, 10, 15]
-    assert [rows[0][key] for key in ("commit", "teacher", "corpus")] == ["abc", "T", "C"]
+    assert [rows[0][key] for key in ("commit", "machine", "teacher", "corpus")] == [
+        "abc", experiment.machine(), "T", "C"]
     experiment.compare({"plain": {}}, [0], corpus="text.txt")
     assert len(logged) == 4
 
@@ -281,8 +282,9 @@ SAVED = sorted(path.stem for path in (ROOT / "experiments" / "results").glob("*.
 @pytest.mark.parametrize("name", SAVED)
 def test_a_saved_result_tells_its_origin_and_can_be_drawn(name):
     result = json.loads((ROOT / "experiments" / "results" / f"{name}.json").read_text())
-    if any("run" in row for row in result["rows"]):  # it is taken again, if the flags of all runs are still the same
-        assert result["base"] == experiment.BASE
+    for row in result["rows"]:
+        if "run" in row:  # `compare` reuses it only if BASE is the same
+            assert result["base"] == experiment.BASE and {"commit", "machine", "teacher", "corpus"} <= set(row)
     assert {"command", "machine", "versions", "commit", "date"} <= set(result) and result["rows"]
     if name in ("sentences", "minilm"):
         pytest.importorskip("onnxruntime")
