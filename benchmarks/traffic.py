@@ -9,8 +9,8 @@ rules for Triton. It knows all sizes here, as it does not in a run. Everything e
 FLOPs are torch's own formulas. An operation takes max(FLOPs / rate, bytes / bandwidth), and a step the sum of these:
 launches, Python and communication take no time. Between the given widths, times are interpolated.
 
-Tensors are on a fake CPU, because only a build for CUDA can differentiate fake CUDA tensors. LayerNorms compute and
-return float32 and attention computes in bf16, as with autocast on CUDA.
+Tensors are on a fake CPU, because only a build for CUDA can differentiate fake CUDA tensors. As with autocast on CUDA,
+LayerNorms compute and return float32, and attention is computed in bf16.
 """
 
 import argparse

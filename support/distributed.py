@@ -52,7 +52,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
         native = torch.cuda.get_device_capability(device) >= (8, 0)  # older GPUs emulate it
     elif platform.machine() in ("arm64", "aarch64"):
         native = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    else:  # Intel's without AMX multiply bf16 at half the rate of fp32 (docs/performance.md)
+    else:  # Intel CPUs without AMX multiply bf16 at half the rate of fp32 (docs/performance.md)
         native = torch.cpu._is_amx_tile_supported() or (
             torch.cpu._is_avx512_bf16_supported() and "GenuineIntel" not in CPUINFO.read_text())
     return "bf16" if native else "fp32"
