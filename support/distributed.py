@@ -60,8 +60,8 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 @contextlib.contextmanager
 def autocast(device: torch.device, bf16: bool):
-    """Compute matmuls in bf16 if wanted. On a CPU attention stays in float32, in which torch computes its gradients up
-    to five times as fast (docs/performance.md)."""
+    """Compute matmuls in bf16 if wanted. On a CPU attention stays in float32, in which torch computes it with its
+    gradients several times as fast (docs/performance.md)."""
     attention = F.scaled_dot_product_attention
 
     def float32_attention(query, key, value, *args, **options):
