@@ -43,6 +43,7 @@ from support.run_folder import program_commit  # noqa: E402
 # the bundled one and --preset demo.
 BASE = {"steps": 1000, "batch-size": 8, "eval-every": 100, "eval-rows": 256, "precision": "fp32"}
 BUDGET = "bundled teacher, 1,000 steps of 8 x 128 tokens of Wikipedia"
+BUNDLED = ROOT / "teachers" / "small"
 SINGLE = {"prune_start": 1 / 30, "prune_end": 1 / 30}  # everything is pruned at once
 
 # ---- Runs ----------------------------------------------------------------------------------------------------
@@ -111,29 +112,32 @@ def summary(folder: Path) -> dict:
             "teacher": record["teacher"], "corpus": record["corpus"], **curve(folder)}
 
 
-def origin(corpus: str) -> dict[str, str]:
-    """The hashes of the bundled teacher and of a text, as in run.json. Raises InputError."""
-    teacher = ROOT / "teachers" / "small"
+def origin(corpus: str, teacher: Path) -> dict[str, str]:
+    """The hashes of a teacher and of a text, as in run.json. Raises InputError."""
     tokenizer = load_tokenizer(teacher, load_config(teacher).vocab_size)
     key = corpus_key(corpus_files([corpus]), corpus == "demo", tokenizer, TEXT, math.inf)
     return {"teacher": model_fingerprint(teacher), "corpus": key}
 
 
-def saved_rows(corpus: str) -> dict[str, dict]:
-    """By name, the runs in the saved results with BASE, the bundled teacher and this text. They need not be made again
-    in another clone."""
-    results, same = [json.loads(path.read_text()) for path in RESULTS.glob("*.json")], origin(corpus).items()
-    return {row["run"]: row for result in results if result["base"] == BASE for row in result["rows"]
-            if "run" in row and same <= row.items()}
+def saved_rows(corpus: str, teacher: Path) -> dict[str, dict]:
+    """By name, the runs in the saved results with BASE, this teacher and this text. They need not be made again in
+    another clone."""
+    results, same = [json.loads(path.read_text()) for path in RESULTS.glob("*.json")], origin(corpus, teacher).items()
+    return {row["run"]: row for result in results if result["base"] == BASE
+            for row in [*result["rows"], *result.get("search", [])] if "run" in row and same <= row.items()}
 
 
-def compare(arms: dict[str, dict], seeds: list[int], corpus: str) -> list[dict]:
-    """Every arm (name -> flags) with every seed on a text: rows of `arm`, `seed` and the run's summary, saved or new.
-    Raises InputError."""
-    rows, saved = {}, saved_rows(corpus)
+def compare(arms: dict[str, dict], seeds: list[int], corpus: str, teacher=None, more=lambda run: {}) -> list[dict]:
+    """Every arm (name -> flags) with every seed on a text: rows of `arm`, `seed`, the run's summary and what `more`
+    measures of its folder, saved or new. teacher: None for the bundled one. Raises InputError."""
+    rows, saved = {}, saved_rows(corpus, Path(teacher or BUNDLED))
     for seed, arm in itertools.product(seeds, arms):
-        flags = arms[arm] | {"corpus": corpus, "seed": seed}
-        rows[arm, seed] = (saved.get(run_name(**flags)) or summary(distil(**flags))) | {"arm": arm, "seed": seed}
+        flags = arms[arm] | {"corpus": corpus, "seed": seed} | ({"teacher": teacher} if teacher else {})
+        row = saved.get(run_name(**flags))
+        if row is None:
+            run = distil(**flags)
+            row = summary(run) | more(run)
+        rows[arm, seed] = row | {"arm": arm, "seed": seed}
     return [rows[arm, seed] for arm in arms for seed in seeds]
 
 

@@ -119,7 +119,7 @@ def logged(tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "program", program)
     monkeypatch.setattr(experiment, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(experiment, "RESULTS", tmp_path)
-    monkeypatch.setattr(experiment, "origin", lambda corpus: {"teacher": "T", "corpus": "C"})
+    monkeypatch.setattr(experiment, "origin", lambda corpus, teacher: {"teacher": "T", "corpus": "C"})
     return commands
 
 
@@ -150,7 +150,7 @@ def test_runs_in_the_saved_results_are_not_made_again(logged, tmp_path, monkeypa
         patch.setitem(experiment.BASE, "steps", 10)
         experiment.compare({"plain": {}}, [0], corpus="text.txt")
     assert len(logged) == 5
-    monkeypatch.setattr(experiment, "origin", lambda corpus: {"teacher": "T", "corpus": "another text of that name"})
+    monkeypatch.setattr(experiment, "origin", lambda corpus, teacher: {"teacher": "T", "corpus": "another text"})
     experiment.compare({"plain": {}}, [1], corpus="text.txt")
     assert len(logged) == 6
 
@@ -161,7 +161,7 @@ def test_the_origin_of_a_run_is_that_in_its_record(tmp_path):
              "--steps", "1", "--batch-size", "1", "--eval-rows", "1", "--device", "cpu"]
     assert distill.main(flags) == 0
     record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert experiment.origin(str(tmp_path / "text.txt")) == {name: record[name] for name in ("teacher", "corpus")}
+    assert experiment.origin(str(tmp_path / "text.txt"), experiment.BUNDLED) == {name: record[name] for name in ("teacher", "corpus")}
 
 
 def test_the_curve_of_a_run_without_head_has_its_time(tmp_path):

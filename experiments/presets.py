@@ -1,0 +1,63 @@
+"""Our presets against the paper's settings, with the masked-LM loss and without it: how close the students are to their
+teacher, how good as language models, and how good when fine-tuned on STS-B.
+
+Each arm has the learning rate, of three, whose short run ends with the lowest KL on its training batches, which are new
+text in every step. The held-out rows, on which results are reported, choose nothing.
+"""
+
+import json
+import statistics
+
+import experiment
+
+ARMS = {
+    "paper's settings": {},
+    "preset compensated": {"preset": "compensated"},
+    "paper's settings, no masked-LM": {"alpha_mlm": 0},
+    "preset imitation (no masked-LM)": {"preset": "imitation"},
+}
+RATES = 5e-4, 1e-3, 2e-3
+SEARCH = {"steps": 150, "eval_every": 150, "eval_rows": 16, "log_every": 1}
+FINETUNE = ["--task", "stsb", "--learning-rate", 2e-4, "--precision", "fp32", "--seeds", 0, 1]
+
+
+def training_kl(run) -> dict:
+    """The KL of the last fifth of the steps."""
+    lines = experiment.events(run, "train")
+    return {"training_kl": statistics.fmean(line["loss_pred"] for line in lines[-(len(lines) // 5) :])}
+
+
+def finetuned(model, data: str) -> dict:
+    """The Spearman correlation on STS-B dev, in percent, of the model fine-tuned with every seed."""
+    output = experiment.RUNS / "finetuned"
+    experiment.program("finetune.py", "--model", model, "--data", data, "--output", output, *FINETUNE)
+    results = [json.loads(path.read_text()) for path in sorted(output.glob("*/stsb-seed*/result.json"))]
+    return {"stsb": [result["metrics"]["spearman"] for result in results if result["model"] == str(model)]}
+
+
+def measure(args) -> dict:
+    where = {"corpus": args.corpus, "teacher": args.teacher}
+    searches = {f"{arm}, {rate:g}": flags | SEARCH | {"learning_rate": rate}
+                for arm, flags in ARMS.items() for rate in RATES}
+    search = experiment.compare(searches, [0], **where, more=training_kl)
+    kl = {row["arm"]: row["training_kl"] for row in search}
+    best = {arm: min(RATES, key=lambda rate, arm=arm: kl[f"{arm}, {rate:g}"]) for arm in ARMS}
+    arms = {arm: flags | {"eval_every": 250, "learning_rate": best[arm]} for arm, flags in ARMS.items()}
+    rows = experiment.compare(arms, args.seeds, **where, more=lambda run: finetuned(run / "student", args.data))
+    return {"finetuning": FINETUNE, "search": search, "rows": rows, "teacher": finetuned(args.teacher, args.data)}
+
+
+def draw(result: dict):
+    figure, axes = experiment.panels(
+        "What our presets and the masked-LM loss are worth",
+        "6 x 384 → 192, 1,000 steps of 8 x 128 tokens of Wikipedia; "
+        + experiment.over_seeds(result["rows"], "standard deviation"), 3, 3, sharey=True)
+    for axis, key in zip(axes, ("kl", "masked_lm_loss"), strict=False):
+        experiment.plot_dots(axis, result["rows"], lambda row, key=key: row[key][-1], experiment.LABELS[key])
+    experiment.plot_dots(axes[2], result["rows"], lambda row: statistics.fmean(row["stsb"]), "STS-B dev, Spearman (%)")
+    return figure
+
+
+if __name__ == "__main__":
+    experiment.main("presets", __doc__, measure, draw, teacher="folder of the teacher", corpus="text to train on",
+                    data="folder of GLUE")
