@@ -54,7 +54,7 @@ def draw(result: dict):
         + experiment.over_seeds(result["rows"], "standard deviation"), 3, 3, sharey=True)
     for axis, key in zip(axes, ("kl", "masked_lm_loss"), strict=False):
         experiment.plot_dots(axis, result["rows"], lambda row, key=key: row[key][-1], experiment.LABELS[key])
-    experiment.plot_dots(axes[2], result["rows"], lambda row: statistics.fmean(row["stsb"]), "STS-B dev, Spearman (%)")
+    experiment.plot_dots(axes[2], result["rows"], lambda row: statistics.fmean(row["stsb"]), "STS-B dev, Spearman, %")
     return figure
 
 

@@ -161,7 +161,8 @@ def test_the_origin_of_a_run_is_that_in_its_record(tmp_path):
              "--steps", "1", "--batch-size", "1", "--eval-rows", "1", "--device", "cpu"]
     assert distill.main(flags) == 0
     record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert experiment.origin(str(tmp_path / "text.txt"), experiment.BUNDLED) == {name: record[name] for name in ("teacher", "corpus")}
+    origin = experiment.origin(str(tmp_path / "text.txt"), experiment.BUNDLED)
+    assert origin == {name: record[name] for name in ("teacher", "corpus")}
 
 
 def test_the_curve_of_a_run_without_head_has_its_time(tmp_path):
