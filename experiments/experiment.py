@@ -124,7 +124,7 @@ def saved_rows(corpus: str, teacher: Path) -> dict[str, dict]:
     another clone."""
     results, same = [json.loads(path.read_text()) for path in RESULTS.glob("*.json")], origin(corpus, teacher).items()
     return {row["run"]: row for result in results if result["base"] == BASE
-            for row in [*result["rows"], *result.get("search", [])] if "run" in row and same <= row.items()}
+            for row in [*result["rows"], *result.get("other_rows", [])] if "run" in row and same <= row.items()}
 
 
 def compare(arms: dict[str, dict], seeds: list[int], corpus: str, teacher=None, more=lambda run: {}) -> list[dict]:

@@ -1,5 +1,6 @@
 """The scripts in experiments/, on made-up logs and on the saved results."""
 
+import argparse
 import importlib
 import itertools
 import json
@@ -155,6 +156,45 @@ def test_runs_in_the_saved_results_are_not_made_again(logged, tmp_path, monkeypa
     assert len(logged) == 6
 
 
+def test_what_is_measured_of_a_run_is_saved_with_it(logged, tmp_path, monkeypatch):
+    def compare(more):
+        return experiment.compare({"plain": {}}, [0], corpus="text.txt", teacher="some/bert", more=more)
+
+    rows = compare(lambda folder: {"score": len(experiment.events(folder, "train"))})
+    assert rows[0]["score"] == 2 and rows[0]["kl"] and rows[0]["run"] == "corpus_text.txt_seed_0_teacher_bert"
+    assert "--teacher=some/bert" in logged[0]
+    saved = {"base": experiment.BASE, "rows": [], "other_rows": rows}
+    (tmp_path / "some.json").write_text(json.dumps(saved))
+    monkeypatch.setattr(experiment, "RUNS", tmp_path / "of another machine")
+    assert compare(lambda folder: pytest.fail("measured again")) == rows
+
+
+def test_an_arm_gets_the_learning_rate_with_the_lowest_kl_at_the_end_of_its_training(logged, tmp_path, monkeypatch):
+    presets = importlib.import_module("presets")
+    program, kl = experiment.program, {"0.0005": 3.0, "0.001": 1.0, "0.002": 2.0}
+
+    def with_losses(script, *words):
+        rate = next((word.partition("=")[2] for word in map(str, words) if "learning-rate=" in word), None)
+        program(script, *words)
+        if script == "distill.py":
+            log = Path(words[-1]) / "log.jsonl"
+            lines = [{"event": "train", "step": step, "tokens": step, "tokens_per_second": 1,
+                      "loss_pred": 0 if step <= 8 else kl[rate]} for step in range(1, 11)]  # the end is the last fifth
+            log.write_text("".join(json.dumps(line) + "\n" for line in [*EVALS, *lines]))
+
+    monkeypatch.setattr(experiment, "program", with_losses)
+    monkeypatch.setattr(presets, "finetuned", lambda model, data: {"stsb": [50.0]})
+    monkeypatch.setattr(presets, "ARMS", {"plain": {}, "imitation": {"preset": "imitation"}})
+    args = argparse.Namespace(corpus="text.txt", teacher="some/bert", data="glue", seeds=[0, 1])
+    result = presets.measure(args)
+    assert [command for command in logged if "--steps=1000" in command] == [
+        command for command in logged if "--eval-every=250" in command and "--learning-rate=0.001" in command]
+    assert [(row["arm"], row["seed"], row["stsb"]) for row in result["rows"]] == [
+        (arm, seed, [50.0]) for arm in ("plain", "imitation") for seed in (0, 1)]
+    assert [row["training_kl"] for row in result["other_rows"][:3]] == [3.0, 1.0, 2.0]
+    assert result["other_rows"][-1]["run"] == "teacher" and len(logged) == 2 * (3 + 2)
+
+
 def test_the_origin_of_a_run_is_that_in_its_record(tmp_path):
     (tmp_path / "text.txt").write_text("\n\n".join("the quick brown fox " * 100 for _ in range(20)))
     flags = ["--corpus", str(tmp_path / "text.txt"), "--output", str(tmp_path / "run"), "--cache-dir", str(tmp_path),
@@ -283,7 +323,7 @@ SAVED = sorted(path.stem for path in (ROOT / "experiments" / "results").glob("*.
 @pytest.mark.parametrize("name", SAVED)
 def test_a_saved_result_tells_its_origin_and_can_be_drawn(name):
     result = json.loads((ROOT / "experiments" / "results" / f"{name}.json").read_text())
-    for row in result["rows"]:
+    for row in [*result["rows"], *result.get("other_rows", [])]:
         if "run" in row:  # `compare` reuses it only if BASE is the same
             assert result["base"] == experiment.BASE and {"commit", "machine", "teacher", "corpus"} <= set(row)
     assert {"command", "machine", "versions", "commit", "date"} <= set(result) and result["rows"]
