@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import json
 import logging
 import os
 import re
@@ -11,11 +10,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from support.errors import InputError, one_line
-from support.files import WEIGHT_FILES, locked, write_atomically
+from support.files import WEIGHT_FILES
 
 OPTIONAL_FILES = {"tokenizer_config.json", "special_tokens_map.json", "README.md", "modules.json",
                   "config_sentence_transformers.json", "sentence_bert_config.json"}  # three of a sentence encoder
-LISTING = ".listing"  # in a folder of the cache: the names of all files of the repository, also of those not downloaded
 
 
 class HubFile(NamedTuple):
@@ -61,39 +59,34 @@ def hub_files(name: str, kind: str, wanted: Callable[[list[str]], list[str]], do
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "4")  # seconds without a byte; it tries six times
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub import HfApi, errors, get_cached_repo_tree, snapshot_download
 
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retry messages are not for our users
-    cached = None  # the folder in the cache, in which files may be missing
-    with contextlib.suppress(LocalEntryNotFoundError, HFValidationError, InputError):
-        # Without patterns the library would miss the files that we never ask for
-        cached = Path(snapshot_download(name, repo_type=kind, local_files_only=True, allow_patterns=[]))
-        if (cached / LISTING).is_file():
-            files = wanted(json.loads((cached / LISTING).read_text()))
-            if not download or all((cached / file).is_file() for file in files):
-                return cached, files
+    not_cached = contextlib.suppress(errors.CachedRepoTreeNotFoundError, errors.LocalEntryNotFoundError,
+                                     errors.HFValidationError, InputError)
+
+    def snapshot(names: list[str], local: bool) -> tuple[Path, list[str]]:
+        files = wanted(names)
+        patterns = files if download else []
+        return Path(snapshot_download(name, repo_type=kind, allow_patterns=patterns, local_files_only=local)), files
+
+    with not_cached:  # the library keeps the names of all files of a repository, also of those not downloaded
+        return snapshot([file.path for file in get_cached_repo_tree(name, repo_type=kind)], local=True)
     try:
         info = HfApi().repo_info(name, repo_type=kind, timeout=5)  # one request, no retries: quick to fail
-        names = [sibling.rfilename for sibling in info.siblings]
-        files = wanted(names)
-        folder = Path(snapshot_download(name, repo_type=kind, allow_patterns=files if download else []))
-        with contextlib.suppress(OSError):  # it only saves requests; a cache may be read-only or know no locks
-            folder.mkdir(parents=True, exist_ok=True)
-            with locked(folder):
-                write_atomically(folder / LISTING, json.dumps(names))
-        return folder, files
+        return snapshot([sibling.rfilename for sibling in info.siblings], local=False)
     except InputError:
         raise
     except Exception as error:  # the hub's client raises its transport's own exceptions: all mean "not to be had"
-        if cached:  # another program may have put all that is needed into the cache
-            with contextlib.suppress(InputError):
-                files = wanted([str(path.relative_to(cached)) for path in cached.rglob("*") if path.is_file()])
-                # (name, count) -> how many
-                parts = collections.Counter(re.findall(r"(.*)[-.]\d+-of-(\d+)\.", "\n".join(files)))
-                if all(present == int(count) for (_, count), present in parts.items()):
-                    return cached, files
-        if isinstance(error, RepositoryNotFoundError):
+        with not_cached:  # another program may have put all that is needed into the cache, without the names
+            # Without patterns the library would miss the files that we never ask for
+            folder = Path(snapshot_download(name, repo_type=kind, allow_patterns=[], local_files_only=True))
+            files = wanted([str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()])
+            # (name, count) -> how many
+            parts = collections.Counter(re.findall(r"(.*)[-.]\d+-of-(\d+)\.", "\n".join(files)))
+            if all(present == int(count) for (_, count), present in parts.items()):
+                return folder, files
+        if isinstance(error, errors.RepositoryNotFoundError):
             raise InputError(f"{kind} {name}: no such folder here and no such public {kind} on the hub") from None
         raise InputError(f"{kind} {name}: no such folder here, not in the hub's cache, and the hub did not deliver it "
                          f"({one_line(error)}); check the name and the network, or give a local folder") from None

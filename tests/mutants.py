@@ -127,8 +127,8 @@ MUTANTS = [
     ("support/corpus.py", "list(filter(TRAINING_FILE.search, files)) or files", "files", "hub", "exact_name or only_configuration"),
     ("support/corpus.py", " and not OTHER_SPLIT.search(name)", "", "hub", "exact_name"),
     ("support/hub.py", "            raise OSError(f\"the hub", "            raise InputError(f\"the hub", "hub", "needed_files"),
-    ("support/hub.py", "if not download or all(", "if all(", "hub", "needed_files"),
-    ("support/hub.py", "if not download or all(", "if True or all(", "hub_reliability", "downloaded_once"),
+    ("support/hub.py", "patterns = files if download else []", "patterns = files", "hub", "needed_files"),
+    ("support/hub.py", "patterns = files if download else []", "patterns = []", "hub_reliability", "downloaded_once"),
     ("support/session.py", "if limit < args.batch_size * args.seq_length:", "if False:", "distill", "corpus_tokens"),
     # tokenizers
     ("support/checkpoint.py", 'settings.get(f"{role}_token", token)', "token", "checkpoint", "xlmr"),

@@ -13,7 +13,7 @@ from test_data import write_corpus
 
 from support import corpus as corpora
 from support.corpus import corpus_files, hub_texts, tokenise
-from support.hub import LISTING, find_model, hub_files
+from support.hub import find_model, hub_files
 
 
 @pytest.fixture(autouse=True)
@@ -147,7 +147,10 @@ def test_only_the_needed_files_of_a_data_set_are_downloaded(hub_snapshot, docume
                                                             refused):
     snapshot = hub_snapshot("dataset", "owner/texts")
     names = [f"sample/10BT/00{i}.jsonl" for i in range(3)]
-    (snapshot / LISTING).write_text(json.dumps(["README.md", *names]))
+    trees = snapshot.parents[1] / "trees"  # where the library keeps the names of all files
+    trees.mkdir()
+    (trees / f"{snapshot.name}.json").write_text(json.dumps(
+        {"format_version": 1, "files": {name: {"size": 1, "blob_id": ""} for name in ["README.md", *names]}}))
     (snapshot / "sample" / "10BT").mkdir(parents=True)
     write_corpus(snapshot / names[0], documents[:60])  # the others have not been downloaded
     assert [file.name for file in corpus_files(["hub:owner/texts:sample-10BT"])] == names

@@ -66,9 +66,10 @@ def test_model_is_downloaded_once_and_only_its_needed_files(python, checkpoint):
     assert (Path(answer) / "model.safetensors").read_bytes() == files["model.safetensors"]
     assert load_model(answer).config.hidden_size == 32
     assert find(python, "owner/bert")[0] == answer  # now from the cache: this hub is unreachable
-    for absent in (["tokenizer_config.json"], ["tokenizer_config.json", ".listing"]):  # as another program leaves them
-        for name in absent:
-            (Path(answer) / name).unlink()
+    tree = Path(answer).parents[1] / "trees" / f"{Path(answer).name}.json"
+    for absent in ([], [tree]):  # as another program leaves them
+        for path in (Path(answer) / "tokenizer_config.json", *absent):
+            path.unlink()
         assert find(python, "owner/bert")[0] == answer
         with hub(files, []) as endpoint:
             assert find(python, "owner/bert", endpoint=endpoint)[0] == answer
