@@ -10,10 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from support.errors import InputError, one_line
-from support.files import WEIGHT_FILES
-
-OPTIONAL_FILES = {"tokenizer_config.json", "special_tokens_map.json", "README.md", "modules.json",
-                  "config_sentence_transformers.json", "sentence_bert_config.json"}  # three of a sentence encoder
+from support.files import MODEL_FILES, WEIGHT_FILES
 
 
 class HubFile(NamedTuple):
@@ -41,11 +38,11 @@ def find_model(name: str) -> Path:
     """
     def wanted(files: list[str]) -> list[str]:
         weights = [file for file in WEIGHT_FILES if file in files][:1]
-        tokenizer = [file for file in ("vocab.txt", "tokenizer.json") if file in files]
-        if not weights or not tokenizer or "config.json" not in files:
+        others = {*MODEL_FILES, "README.md"} & set(files)
+        if not weights or not others & {"vocab.txt", "tokenizer.json"} or "config.json" not in others:
             raise InputError(f"{name} on the hub lacks config.json, a tokenizer or {' or '.join(WEIGHT_FILES)}")
         modules = [file for file in files if re.fullmatch(rf"\d+_\w+/(config\.json|{'|'.join(WEIGHT_FILES)})", file)]
-        return [*weights, *tokenizer, "config.json", *modules, *(OPTIONAL_FILES & set(files))]
+        return [*weights, *others, *modules]
 
     return Path(name) if os.path.isdir(name) else hub_files(name, "model", wanted)[0]
 

@@ -220,7 +220,7 @@ MUTANTS = [
     ("support/model_card.py", '"sentence-transformers" if task', '"transformers" if task', "model_card", "metadata"),
     ("support/flags.py", '{*defaults, "command"}', "set(defaults)", "session", "given_again"),
     ("support/session.py", "encoder.max_length if encoder else", "", "sentence_encoder", "opens_as"),
-    ("support/hub.py", '"config.json", *modules, *(', '"config.json", *(', "hub", "sentence_encoder"),
+    ("support/hub.py", "[*weights, *others, *modules]", "[*weights, *others]", "hub", "sentence_encoder"),
     ("support/files.py", '*folder.glob("[0-9]*_*/*")', "", "files", "fingerprint"),
     ("support/glue.py", '"".join(map(file_hash, files)).encode()', 'b""', "finetune", "other_data"),
     ("support/corpus.py", "utf-8-sig", "utf-8", "data", "byte_order"),
