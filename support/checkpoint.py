@@ -47,15 +47,6 @@ def load_config(folder: Path) -> BertConfig:
     return BertConfig(**values)
 
 
-def save_config(config: BertConfig, folder: Path, architecture: str):
-    """Write `folder/config.json` in the standard form."""
-    raw = {"architectures": [architecture], "model_type": "bert", "position_embedding_type": "absolute"}
-    raw |= dataclasses.asdict(config) | {"dtype": "float32"}
-    if config.inner_size == config.hidden_size:
-        del raw["attention_head_size"]
-    (Path(folder) / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-
-
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint in float32, from the first of WEIGHT_FILES that exists; no code in it is executed.
     Raises InputError."""
@@ -105,10 +96,15 @@ def load_model(folder: Path) -> Bert:
     return model
 
 
-def save_model(model: Bert, folder: Path):
-    """Write config.json and model.safetensors (float32) with the standard names into an existing folder."""
-    save_config(model.config, folder, "BertModel" if model.cls is None else "BertForMaskedLM")
-    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in model.state_dict().items()}
+def save_model(model: Bert, folder: Path, dtype: torch.dtype = torch.float32):
+    """Write config.json and model.safetensors with the standard names into an existing folder. dtype: of the file."""
+    config = model.config
+    raw = {"architectures": ["BertModel" if model.cls is None else "BertForMaskedLM"], "model_type": "bert",
+           "position_embedding_type": "absolute", **dataclasses.asdict(config), "dtype": "float32"}
+    if config.inner_size == config.hidden_size:
+        del raw["attention_head_size"]
+    (Path(folder) / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
     (Path(folder) / "model.safetensors").write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from tokenizers.trainers import WordPieceTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -145,10 +144,8 @@ def main():
     if not loss.isfinite():
         raise InputError("the held-out loss is not finite; try a smaller --learning-rate")
     print(f"{step} steps of {TOKENS_PER_STEP} tokens on {device} in {precision}, held-out loss {loss.item():.3f}")
-    checkpoint.save_config(bert.config, args.output, "BertForMaskedLM")
+    checkpoint.save_model(bert, args.output, torch.float16)  # a smaller file
     checkpoint.save_tokenizer(tokenizer, args.output, bert.config.max_position_embeddings)
-    weights = {name: tensor.half().cpu() for name, tensor in bert.state_dict().items()}  # half precision is smaller
-    save_file(weights, args.output / "model.safetensors", metadata={"format": "pt"})
 
 
 if __name__ == "__main__":

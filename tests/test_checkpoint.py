@@ -21,7 +21,6 @@ from support.checkpoint import (
     load_config,
     load_model,
     load_tokenizer,
-    save_config,
     save_model,
     save_tokenizer,
 )
@@ -472,7 +471,7 @@ def test_xlmr_tokenizer_of_a_bert_equals_that_of_transformers_and_is_saved_for_i
     assert ours.special == XLMR_TOKENS
     student = tmp_path / "student"
     student.mkdir()
-    save_config(load_config(folder), student, "BertModel")
+    shutil.copy(folder / "config.json", student)
     save_tokenizer(ours, student, 64)
     assert load_tokenizer(student, 1000).special == XLMR_TOKENS and not (student / "vocab.txt").exists()
     original, saved = (transformers.AutoTokenizer.from_pretrained(path) for path in (folder, student))
