@@ -72,22 +72,20 @@ def initialise(bert: Bert, tokens: np.ndarray):
     bert.bert.embeddings.position_embeddings.weight.data = torch.cat([angles.sin(), angles.cos()], 1) * 2**0.5 * STD
 
 
-def small_bert(args: argparse.Namespace):
-    """A new BERT with its own vocabulary, its tokenizer, and the corpus as tokens."""
-    tokenizer = train_vocabulary(args.corpus)
+def initial_model(args: argparse.Namespace):
+    """A new BERT with its own vocabulary, or the BERT --encoder with a masked-LM head, which is new if it had none; its
+    tokenizer, and the corpus as tokens."""
+    if args.encoder:
+        folder = find_model(args.encoder)
+        bert = checkpoint.load_model(folder)
+        tokenizer = checkpoint.load_tokenizer(folder, bert.config.vocab_size)
+    else:
+        tokenizer = train_vocabulary(args.corpus)
+        bert = Bert(BertConfig(tokenizer.get_vocab_size(), HIDDEN_SIZE, LAYERS, HEADS, 4 * HIDDEN_SIZE))
     tokens = tokenise(args.corpus, tokenizer, args.output / "cache", limit=args.corpus_tokens)
-    bert = Bert(BertConfig(tokenizer.get_vocab_size(), HIDDEN_SIZE, LAYERS, HEADS, 4 * HIDDEN_SIZE))
-    initialise(bert, tokens.train)
-    return bert, tokenizer, tokens
-
-
-def encoder_with_head(args: argparse.Namespace):
-    """The BERT --encoder, with a new masked-LM head if it has none, its tokenizer, and the corpus as tokens."""
-    folder = find_model(args.encoder)
-    bert = checkpoint.load_model(folder)
-    tokenizer = checkpoint.load_tokenizer(folder, bert.config.vocab_size)
-    tokens = tokenise(args.corpus, tokenizer, args.output / "cache", limit=args.corpus_tokens)
-    if bert.cls is None:
+    if not args.encoder:
+        initialise(bert, tokens.train)
+    elif bert.cls is None:
         bert.cls = Bert(bert.config, pooler=False).cls
         bert.cls["predictions"].bias.data = frequencies(tokens.train, bert.config.vocab_size).log()
     return bert, tokenizer, tokens
@@ -116,7 +114,7 @@ def main():
     torch.manual_seed(0)
     device = find_device("auto")
     precision = resolve_precision("auto", device)
-    bert, tokenizer, tokens = encoder_with_head(args) if args.encoder else small_bert(args)
+    bert, tokenizer, tokens = initial_model(args)
     bert.to(device).set_dropout(0)  # the text is seen about once, so there is nothing to overfit
     groups = [{"params": [p for p in bert.parameters() if p.dim() == dim], "weight_decay": decay}
               for dim, decay in ((2, 0.01), (1, 0.0))]  # the pooler gets no gradient and keeps its initial weights
