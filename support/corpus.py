@@ -231,7 +231,7 @@ def write_tokens(files: Files, demo: bool, tokenizer: Tokenizer, folder: Path, c
     """Write train.bin, heldout.bin and meta.json into `folder`, or resume there after the last recorded block."""
     folder.mkdir(exist_ok=True)
     record = folder / "meta.json"
-    meta = dict.fromkeys(("train", "heldout", "blocks", "replaced", "documents"), 0)  # tokens of each side, and counts
+    meta = dict.fromkeys(("train", "heldout", "blocks", "replaced"), 0)  # tokens of each side, and counts
     meta |= {"document": -1, "side": "train"}  # number and side of the last document
     meta["dtype"] = "uint16" if max(tokenizer.get_vocab().values()) < 1 << 16 else "uint32"
     if record.is_file():
@@ -251,7 +251,6 @@ def write_tokens(files: Files, demo: bool, tokenizer: Tokenizer, folder: Path, c
                     share = HELDOUT_SHARE * (meta["train"] + meta["heldout"])
                     held = meta["heldout"] <= min(share, HELDOUT_TOKENS - 1)
                     meta |= {"document": document, "side": "heldout" if held else "train"}
-                    meta["documents"] += 1
                 streams[meta["side"]].write(np.array(encoding.ids, meta["dtype"]).tobytes())
                 meta[meta["side"]] += len(encoding.ids)
             meta["blocks"] += 1
@@ -259,7 +258,7 @@ def write_tokens(files: Files, demo: bool, tokenizer: Tokenizer, folder: Path, c
                 stream.flush()
                 os.fsync(stream.fileno())
             write_atomically(record, json.dumps(meta))
-    if meta["documents"] < 2:
+    if not meta["train"]:  # the first document is held out, the second is not
         raise InputError("the corpus is empty or a single document; put a blank line between documents, so that one "
                          "can be held out for evaluation")
 
