@@ -103,9 +103,9 @@ def save_model(model: Bert, folder: Path, dtype: torch.dtype = torch.float32):
            "position_embedding_type": "absolute", **dataclasses.asdict(config), "dtype": "float32"}
     if config.inner_size == config.hidden_size:
         del raw["attention_head_size"]
-    (Path(folder) / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
-    (Path(folder) / "model.safetensors").write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    (folder / "model.safetensors").write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))
 
 
 def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
@@ -162,7 +162,6 @@ def wordpiece_tokenizer(vocab: dict[str, int], lowercase=True, strip_accents=Non
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int):
     """Write tokenizer.json, tokenizer_config.json and, for WordPiece, vocab.txt (if no id is missing) as the
     AutoTokenizer of `transformers` expects them."""
-    folder = Path(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     is_wordpiece, rules = isinstance(tokenizer.model, models.WordPiece), tokenizer.normalizer
     vocab = tokenizer.get_vocab()
