@@ -162,7 +162,7 @@ def wordpiece_tokenizer(vocab: dict[str, int], lowercase=True, strip_accents=Non
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int):
     """Write tokenizer.json, tokenizer_config.json and, for WordPiece, vocab.txt (if no id is missing) as the
     AutoTokenizer of `transformers` expects them."""
-    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     is_wordpiece, rules = isinstance(tokenizer.model, models.WordPiece), tokenizer.normalizer
     vocab = tokenizer.get_vocab()
     if is_wordpiece and max(vocab.values()) < len(vocab):  # a word's line number is its id, so no id may be missing

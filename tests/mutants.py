@@ -324,7 +324,12 @@ MUTANTS = [
     ("finetune.py", 'type=lambda name: name.rstrip("/") or name, ', "", "finetune", "slash"),
     ("finetune.py", "data_hash(source, key) if source", "str(source) if source", "finetune", "moves or other_data"),
     ("experiments/experiment.py", " and same <= row.items()", "", "experiments", "saved_results"),
-    ("experiments/experiment.py", 'if result["base"] == BASE ', "", "experiments", "saved_results"),
+    ("experiments/experiment.py", 'in results if result["base"] == BASE', "in results", "experiments", "saved_results"),
+    ("experiments/experiment.py", 'result.get("other_rows", [])', "[]", "experiments", "what_is_measured"),
+    ("experiments/presets.py", "min(RATES, key", "max(RATES, key", "experiments", "lowest_kl"),
+    ("experiments/presets.py", "lines[-(len(lines) // 5) :]", "lines", "experiments", "lowest_kl"),
+    ("support/checkpoint.py", '(folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")',
+     'tokenizer.save(str(folder / "tokenizer.json"))', "checkpoint", "full_disk"),
     ("experiments/experiment.py", "tokenizer, TEXT, math.inf)", "tokenizer, TEXT, 10**9)", "experiments", "origin"),
     # support/fast.py
     ("support/fast.py", "(self.query, self.key, self.value)", "(self.key, self.query, self.value)", "fast", "one_matmul"),

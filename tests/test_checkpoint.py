@@ -444,6 +444,13 @@ def test_saved_tokenizer_loads_in_transformers_with_its_settings(checkpoint, tok
     assert load_tokenizer(checkpoint, len(theirs)).to_str() == tokenizer.to_str()
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_a_full_disk_is_reported_as_an_error_of_the_system(tokenizer, tmp_path):
+    (tmp_path / "tokenizer.json").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        save_tokenizer(tokenizer, tmp_path, 512)
+
+
 def test_normalizer_other_than_berts_is_saved_for_transformers(tokenizer, tmp_path):
     mine = Tokenizer.from_str(tokenizer.to_str())
     mine.special = tokenizer.special
