@@ -1,9 +1,9 @@
 """BERT (Devlin et al., 2019) with explicit widths, so that it can be pruned while it is trained.
 
-Every weight but the decoder bias sits in one of three layers, Linear, Embedding and LayerNorm. Each can be sliced in
-place along a named axis, and prune.py says which axes belong together. The inner width of attention (H*K) is
-independent of the hidden size D, because between two prunes D need not be a multiple of H. Modules are named as in
-`transformers`, so a state dict of this model is a standard checkpoint; support/checkpoint.py loads and saves it.
+Every weight but the decoder bias sits in one of three layers, Linear, Embedding and LayerNorm. They read their widths
+from their weights, which prune.py slices. The inner width of attention (H*K) is independent of the hidden size D,
+because between two prunes D need not be a multiple of H. Modules are named as in `transformers`, so a state dict of
+this model is a standard checkpoint; support/checkpoint.py loads and saves it.
 
 Shape letters, the same in every file:
     B batch         S sequence     D hidden size   H heads   K head size   F intermediate (feed-forward) size
@@ -55,31 +55,11 @@ class BertConfig:
         return self.num_attention_heads * self.attention_head_size
 
 
-# ---- The three layers with explicit widths -------------------------------------------------------------------
+# ---- The three layers whose weights are pruned ---------------------------------------------------------------
 
 
-class Sliceable(nn.Module):
-    """A layer whose tensors can be sliced along a named axis. `axes`: axis name -> {tensor name: dimension}."""
-
-    axes: dict[str, dict[str, int]] = {}
-
-    def slice_(self, axis: str, keep: torch.Tensor):
-        """Keep the units `keep` (int64 indices) of `axis`, in that order, and free the others.
-
-        Each tensor becomes a new Parameter without a gradient. New data for the old one would break graphs that still
-        hold its shape, such as that of a loss kept by a caller or of DistributedDataParallel.
-        """
-        for name, dimension in self.axes[axis].items():
-            old = getattr(self, name)
-            if old is not None:
-                new = nn.Parameter(old.detach().index_select(dimension, keep), requires_grad=old.requires_grad)
-                setattr(self, name, new)
-
-
-class Linear(Sliceable):
+class Linear(nn.Module):
     """y = x W^T + b, with W (out, in)."""
-
-    axes = {"out": {"weight": 0, "bias": 0}, "in": {"weight": 1}}
 
     def __init__(self, in_size: int, out_size: int, bias: bool = True):
         super().__init__()
@@ -90,10 +70,8 @@ class Linear(Sliceable):
         return F.linear(x, self.weight, self.bias)
 
 
-class Embedding(Sliceable):
+class Embedding(nn.Module):
     """A lookup table, W (rows, width)."""
-
-    axes = {"width": {"weight": 1}}
 
     def __init__(self, rows: int, width: int):
         super().__init__()
@@ -103,10 +81,8 @@ class Embedding(Sliceable):
         return F.embedding(ids, self.weight)
 
 
-class LayerNorm(Sliceable):
+class LayerNorm(nn.Module):
     """Normalisation over the last axis: after a prune, mean and variance are those of the kept units."""
-
-    axes = {"width": {"weight": 0, "bias": 0}}
 
     def __init__(self, width: int, eps: float):
         super().__init__()

@@ -20,54 +20,48 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from model import Bert, BertConfig, Sliceable
+from model import Bert, BertConfig
 
 # ---- Which weights are pruned together -----------------------------------------------------------------------
-# The structure table: layer -> axis -> group. It drives the slicing of parameters, Adam moments and importance scores.
-# The decoder is tied to the word embeddings, so it is sliced with them; its bias (V) is never pruned. The projections
-# W_hidn and W_emb (distill.py) map to the teacher's hidden size, which does not change.
+# The structure table: layer -> the group of each dimension of its weight, (out, in) for a Linear and (rows, width) for
+# an Embedding, or None if it is never pruned. A bias has the dimension that comes first. The table drives the slicing
+# of parameters, Adam moments and importance scores. The decoder is tied to the word embeddings, so it is sliced with
+# them; its bias (V) is never pruned. The projections W_hidn and W_emb (distill.py) map to the teacher's hidden size,
+# which does not change.
 
 STRUCTURE = {
-    "bert.embeddings.word_embeddings": {"width": "hidden"},
-    "bert.embeddings.position_embeddings": {"width": "hidden"},
-    "bert.embeddings.token_type_embeddings": {"width": "hidden"},
-    "bert.embeddings.LayerNorm": {"width": "hidden"},
-    "bert.encoder.layer.*.attention.self.query": {"out": "query_key.*", "in": "hidden"},
-    "bert.encoder.layer.*.attention.self.key": {"out": "query_key.*", "in": "hidden"},
-    "bert.encoder.layer.*.attention.self.value": {"out": "value_output.*", "in": "hidden"},
-    "bert.encoder.layer.*.attention.output.dense": {"out": "hidden", "in": "value_output.*"},
-    "bert.encoder.layer.*.attention.output.LayerNorm": {"width": "hidden"},
-    "bert.encoder.layer.*.intermediate.dense": {"out": "feed_forward.*", "in": "hidden"},
-    "bert.encoder.layer.*.output.dense": {"out": "hidden", "in": "feed_forward.*"},
-    "bert.encoder.layer.*.output.LayerNorm": {"width": "hidden"},
-    "bert.pooler.dense": {"out": "hidden", "in": "hidden"},
-    "cls.predictions.transform.dense": {"out": "hidden", "in": "hidden"},
-    "cls.predictions.transform.LayerNorm": {"width": "hidden"},
-    "hidden_projections.*": {"in": "hidden"},
-    "embedding_projection": {"in": "hidden"},
+    "bert.embeddings.word_embeddings": (None, "hidden"),
+    "bert.embeddings.position_embeddings": (None, "hidden"),
+    "bert.embeddings.token_type_embeddings": (None, "hidden"),
+    "bert.embeddings.LayerNorm": ("hidden",),
+    "bert.encoder.layer.*.attention.self.query": ("query_key.*", "hidden"),
+    "bert.encoder.layer.*.attention.self.key": ("query_key.*", "hidden"),
+    "bert.encoder.layer.*.attention.self.value": ("value_output.*", "hidden"),
+    "bert.encoder.layer.*.attention.output.dense": ("hidden", "value_output.*"),
+    "bert.encoder.layer.*.attention.output.LayerNorm": ("hidden",),
+    "bert.encoder.layer.*.intermediate.dense": ("feed_forward.*", "hidden"),
+    "bert.encoder.layer.*.output.dense": ("hidden", "feed_forward.*"),
+    "bert.encoder.layer.*.output.LayerNorm": ("hidden",),
+    "bert.pooler.dense": ("hidden", "hidden"),
+    "cls.predictions.transform.dense": ("hidden", "hidden"),
+    "cls.predictions.transform.LayerNorm": ("hidden",),
+    "cls.predictions": (None,),
+    "hidden_projections.*": (None, "hidden"),
+    "embedding_projection": (None, "hidden"),
 }
 
 
-def structure(model: nn.Module) -> dict[str, dict[str, str]]:
-    """The table for one model, a Bert or a module that holds one as `student`: layer name -> axis -> group."""
-    table = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, Sliceable):
-            number = re.search(r"\.(\d+)\b", name)  # of the layer
-            row = STRUCTURE[re.sub(r"\.\d+\b", ".*", name.removeprefix("student."))]
-            table[name] = {axis: group.replace("*", number[1]) if number else group for axis, group in row.items()}
-    return table
-
-
 def tensor_axes(model: nn.Module) -> dict[str, dict[int, str]]:
-    """The same table by tensor: parameter name -> dimension -> group. Parameters that are never pruned are absent."""
+    """The table for one model, a Bert or a module that holds one as `student`: parameter name -> dimension -> group.
+    Parameters that are never pruned are absent."""
     table = {}
-    for name, row in structure(model).items():
-        layer = model.get_submodule(name)
-        for axis, group in row.items():
-            for tensor, dimension in layer.axes[axis].items():
-                if getattr(layer, tensor) is not None:
-                    table.setdefault(f"{name}.{tensor}", {})[dimension] = group
+    for name, parameter in model.named_parameters():
+        layer = name.removeprefix("student.").rpartition(".")[0]
+        number = re.search(r"\.(\d+)\b", layer)  # of the transformer layer
+        groups = STRUCTURE[re.sub(r"\.\d+\b", ".*", layer)]
+        for dimension, group in enumerate(groups[:parameter.dim()]):
+            if group is not None:
+                table.setdefault(name, {})[dimension] = group.replace("*", number[1]) if number else group
     return table
 
 
@@ -243,23 +237,22 @@ def prune_units(model: nn.Module, keep: dict[str, torch.Tensor], new_shape: Shap
             tensor = tensor.index_select(dimension, keep[group]) if group in keep else tensor
         return tensor
 
-    before = dict(model.named_parameters())
-    for name, row in structure(model).items():
-        for axis, group in row.items():
-            if group in keep:
-                model.get_submodule(name).slice_(axis, keep[group])
-    after = dict(model.named_parameters())
-    for values in tensors:
-        values |= {name: sliced(name, tensor) for name, tensor in values.items()}
+    # Every tensor becomes a new Parameter without a gradient. New data for the old one would break graphs that still
+    # hold its shape, such as that of a loss kept by a caller or of DistributedDataParallel.
+    replacement = {}
+    for name, old in list(model.named_parameters()):
+        layer, _, tensor = name.rpartition(".")
+        new = replacement[old] = nn.Parameter(sliced(name, old.detach()), requires_grad=old.requires_grad)
+        setattr(model.get_submodule(layer), tensor, new)
+        if optimizer is not None and old in optimizer.state:
+            state = optimizer.state.pop(old)
+            state |= {key: sliced(name, state[key]) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[new] = state
     if optimizer is not None:
-        replacement = {before[name]: after[name] for name in before}
         for param_group in optimizer.param_groups:
             param_group["params"] = [replacement[p] for p in param_group["params"]]
-        for name, old in before.items():
-            if old in optimizer.state:
-                state = optimizer.state.pop(old)
-                state |= {key: sliced(name, state[key]) for key in ("exp_avg", "exp_avg_sq")}
-                optimizer.state[after[name]] = state
+    for values in tensors:
+        values |= {name: sliced(name, tensor) for name, tensor in values.items()}
 
     # Scores are q.k / sqrt(K). They may change by what was pruned, but not because the divisor changes. The gradient
     # with respect to the rescaled W_q is larger by the inverse factor, so Adam's moments are rescaled, too.

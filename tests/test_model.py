@@ -1,20 +1,16 @@
-"""The BERT of model.py: equal to that of `transformers`, and sliceable in place."""
+"""The BERT of model.py: equal to that of `transformers`."""
 
 import dataclasses
-import weakref
 
 import pytest
 import torch
 import transformers
 from reference import CLOSE, random_config, random_inputs, reference_bert
 
-from model import Bert, BertConfig, Embedding, LayerNorm, Linear
+from model import Bert, BertConfig
 from support.checkpoint import load_model
 
 IDS = torch.arange(20).reshape(2, 10)
-
-# ---- Equal to transformers -----------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("padding", [False, True])
 @pytest.mark.parametrize("seed", range(6))
@@ -99,84 +95,3 @@ def test_dropout_acts_on_hidden_states_and_on_attention_and_can_be_changed(check
         noisy = Bert(config).train()
         assert torch.equal(noisy(IDS).embedding, noisy(IDS).embedding) == (hidden == 0)
         assert not torch.equal(noisy(IDS).hidden[0], noisy(IDS).hidden[0])
-
-
-# ---- Slicing -------------------------------------------------------------------------------------------------
-
-
-LAYERS = {  # name -> (constructor, axis, its size)
-    "linear out": (lambda: Linear(7, 9), "out", 9), "linear in": (lambda: Linear(7, 9), "in", 7),
-    "linear without bias": (lambda: Linear(7, 9, bias=False), "out", 9),
-    "embedding": (lambda: Embedding(11, 8), "width", 8), "layer norm": (lambda: LayerNorm(8, 1e-5), "width", 8)}
-KEEP = torch.tensor([5, 0, 3])
-
-
-@pytest.fixture(params=LAYERS)
-def layer_axis_size(request):
-    make, axis, size = LAYERS[request.param]
-    layer = make()
-    torch.manual_seed(0)
-    for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter)
-    return layer, axis, size
-
-
-def loss_of(layer):
-    """A loss that depends on all parameters, whatever the size of the layer."""
-    if isinstance(layer, Embedding):
-        return layer(torch.arange(11)).square().sum()
-    return layer(torch.linspace(-1, 2, 3 * layer.weight.shape[-1]).reshape(3, -1)).square().sum()
-
-
-def test_slice_keeps_the_given_units_in_the_given_order(layer_axis_size):
-    layer, axis, size = layer_axis_size
-    before = {name: parameter.detach() for name, parameter in layer.named_parameters()}
-    layer.slice_(axis, KEEP)
-    for name, old in before.items():
-        dimension = layer.axes[axis].get(name)
-        new = getattr(layer, name)
-        if dimension is not None:
-            assert old.shape[dimension] == size
-            old = torch.stack([old.select(dimension, i) for i in KEEP.tolist()], dimension)
-        assert isinstance(new, torch.nn.Parameter) and new.requires_grad and torch.equal(new, old)
-
-
-def test_slice_frees_the_old_tensors(layer_axis_size):
-    layer, axis, _ = layer_axis_size
-    loss_of(layer).backward()
-    old = [weakref.ref(getattr(layer, name)) for name in layer.axes[axis] if getattr(layer, name) is not None]
-    layer.slice_(axis, KEEP)
-    assert all(reference() is None for reference in old)
-    for parameter in layer.parameters():
-        assert parameter.untyped_storage().nbytes() == 4 * parameter.numel()
-
-
-def test_slice_works_while_the_graph_of_an_old_loss_is_alive(layer_axis_size):
-    layer, axis, _ = layer_axis_size
-    old_loss = loss_of(layer)
-    layer.slice_(axis, KEEP)
-    loss_of(layer).backward()
-    assert all(parameter.grad.shape == parameter.shape for parameter in layer.parameters())
-    old_loss.backward()  # the graph of the old sizes still works, too
-
-
-def test_slice_keeps_frozen_parameters_frozen(layer_axis_size):
-    layer, axis, _ = layer_axis_size
-    layer.requires_grad_(False)
-    layer.slice_(axis, KEEP)
-    assert not any(parameter.requires_grad for parameter in layer.parameters())
-
-
-def test_model_without_some_neurons_equals_one_where_they_are_zeroed(checkpoint):
-    bert = load_model(checkpoint).eval()
-    keep = torch.arange(0, 64, 3)
-    pruned = torch.ones(64, dtype=torch.bool)
-    pruned[keep] = False
-    with torch.no_grad():
-        for layer in bert.bert.layers:
-            layer.output.dense.weight[:, pruned] = 0
-    expected = bert(IDS, torch.arange(20)).logits
-    for layer in bert.bert.layers:
-        layer.intermediate["dense"].slice_("out", keep)
-        layer.output.dense.slice_("in", keep)
-    torch.testing.assert_close(bert(IDS, torch.arange(20)).logits, expected)

@@ -199,6 +199,28 @@ def test_a_pruned_model_has_the_tensor_shapes_of_a_new_model_of_that_shape(hidde
     assert all((indices.diff() > 0).all() for indices in lineage.values())
 
 
+@pytest.mark.parametrize("group", ["hidden", "feed_forward.0", "query_key.1", "value_output.1"])
+def test_a_prune_keeps_the_given_units_in_the_given_order(group):
+    bert, keep = random_bert(), torch.tensor([5, 0, 3])
+    before = {name: p.detach() for name, p in bert.named_parameters()}
+    axes = prune.tensor_axes(bert)
+    prune_to(bert, {group: keep})
+    for name, new in bert.named_parameters():
+        old = before[name]
+        for dimension, other in axes.get(name, {}).items():
+            if other == group:
+                old = torch.stack([old.select(dimension, i) for i in keep.tolist()], dimension)
+        assert isinstance(new, torch.nn.Parameter) and new.requires_grad and torch.equal(new, old), name
+        assert new.untyped_storage().nbytes() == 8 * new.numel(), name
+
+
+def test_a_prune_keeps_frozen_parameters_frozen():
+    bert = random_bert().requires_grad_(False)
+    new_shape = Shape(12, 17, 3, 4)
+    prune.prune_units(bert, random_units(bert, new_shape), new_shape)
+    assert not any(p.requires_grad for p in bert.parameters())
+
+
 # ---- Importance ----------------------------------------------------------------------------------------------
 
 
@@ -530,4 +552,5 @@ def test_a_loss_that_is_kept_over_a_prune_does_not_break_the_next_step():
     loss = bert(IDS, POSITIONS).logits.sum()
     prune.prune_units(bert, keep, new_shape, optimizer)
     train_step(bert, optimizer)
-    assert loss.grad_fn is not None and bert.bert.embeddings.word_embeddings.weight.shape == (97, 12)
+    assert bert.bert.embeddings.word_embeddings.weight.shape == (97, 12)
+    loss.backward()  # the graph of the old sizes still works, too
