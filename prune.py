@@ -14,7 +14,7 @@ A whole head is pruned by pruning all of its units in the last two groups of its
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -78,20 +78,17 @@ def teacher_indices(model: nn.Module) -> dict[str, torch.Tensor]:
 PLATON_DECAY = 0.85  # of both averages, per step; PLATON's scripts have 0.85 and 0.65 to 0.95, per 10 steps
 
 
-def sum_per_unit(bert: Bert, score: Callable[[str, nn.Parameter], torch.Tensor | None]) -> dict[str, torch.Tensor]:
-    """Sum the scores of all trained weights of each unit: group -> (units,).
+def sum_per_unit(bert: Bert, scores: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Sum the scores of all weights of each unit: group -> (units,).
 
-    `score` returns a tensor of its parameter's shape, or None to skip the parameter. A weight of a matrix counts for
-    the unit of its row and for the unit of its column. The pooler is not trained and does not count, nor do the
-    projections, which are not part of the student.
+    scores: name and score of each trained parameter, of its shape. A weight of a matrix counts for the unit of its row
+    and for the unit of its column. The pooler is not trained and does not count, nor do the projections, which are not
+    part of the student.
     """
-    parameters = dict(bert.named_parameters())
+    axes = tensor_axes(bert)
     sums: dict[str, torch.Tensor] = {}
-    for name, dimensions in tensor_axes(bert).items():
-        values = score(name, parameters[name]) if parameters[name].requires_grad else None
-        if values is None:
-            continue
-        for dimension, group in dimensions.items():
+    for name, values in scores:
+        for dimension, group in axes.get(name, {}).items():
             total = values.sum(1 - dimension) if values.dim() == 2 else values  # (units,)
             sums[group] = sums[group] + total if group in sums else total
     return sums
@@ -110,7 +107,8 @@ def accumulate_importance(criterion: str, statistics: dict[str, dict[str, torch.
     """
     if criterion == "sensitivity":
         average = statistics.setdefault("sensitivity", {})
-        for group, new in sum_per_unit(bert, lambda _, p: None if p.grad is None else (p * p.grad).abs_()).items():
+        scores = ((name, (p * p.grad).abs_()) for name, p in bert.named_parameters() if p.grad is not None)
+        for group, new in sum_per_unit(bert, scores).items():
             average[group] = average[group].mul_(decay).add_(new, alpha=1 - decay) if group in average else new
     elif criterion == "platon":
         mean, uncertainty = (statistics.setdefault(name, {}) for name in ("mean", "uncertainty"))
@@ -130,8 +128,9 @@ def unit_importance(criterion: str, statistics: dict[str, dict[str, torch.Tensor
     if criterion == "sensitivity":
         return statistics["sensitivity"]
     if criterion == "platon":
-        return sum_per_unit(bert, lambda name, _: statistics["mean"][name] * statistics["uncertainty"][name])
-    magnitude = sum_per_unit(bert, lambda _, p: p.abs())
+        return sum_per_unit(bert, ((name, mean * statistics["uncertainty"][name])
+                                   for name, mean in statistics["mean"].items()))
+    magnitude = sum_per_unit(bert, ((name, p.abs()) for name, p in bert.named_parameters() if p.requires_grad))
     if criterion == "magnitude":
         return magnitude
     generator = torch.Generator().manual_seed(seed)

@@ -19,15 +19,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 MUTANTS = [
     # prune.py: importance, schedule, choice, pruning
-    ("prune.py", "(p * p.grad).abs_()).items()", "(p * p.grad)).items()", "prune", "absolute_value"),
+    ("prune.py", "(name, (p * p.grad).abs_())", "(name, p * p.grad)", "prune", "absolute_value"),
     ("prune.py", "values.sum(1 - dimension) if", "values.sum(dimension) if", "prune", "absolute_value"),
     ("prune.py", ".add_(new, alpha=1 - decay) if", ".add_(new) if", "prune", "absolute_value"),
-    ("prune.py", "if parameters[name].requires_grad else None", "if True else None", "prune", "ignores_projections"),
+    ("prune.py", "if p.requires_grad))", "if True))", "prune", "ignores_projections"),
     ("prune.py", "(sensitivity - mean[name]).abs_()", "(sensitivity + mean[name]).abs_()", "prune",
      "platon_importance"),
     ("prune.py", "mean[name], uncertainty[name] = torch.zeros_like(p),", "mean[name], uncertainty[name] = (p * p.grad).abs(),",
      "prune", "platon_importance"),
-    ("prune.py", 'statistics["mean"][name] * statistics["uncertainty"][name]', 'statistics["mean"][name]', "prune",
+    ("prune.py", '(name, mean * statistics["uncertainty"][name])', "(name, mean)", "prune",
      "platon_importance"),
     ("prune.py", "if step >= end:", "if step > end:", "prune", "closed_form or schedule"),
     ("prune.py", "(1 - (step - start) / (end - start)) ** power", "(1 - (step - start) / end) ** power", "prune",
