@@ -94,55 +94,52 @@ def compensate(distiller: nn.Module, keep: dict[str, torch.Tensor], batches: Ite
     orthogonal, so that a fit would be the plain prune.
     """
     bert: Bert = distiller.student
-    places = {place.module: place for place in read_places(bert, keep)}
+    places = read_places(distiller, keep)
     decoder = []  # the LayerNorm before the decoder, which sees masked positions only
     if bert.cls is not None and "hidden" in keep:
         decoder = [Place(bert.cls["predictions"].transform["LayerNorm"], keep["hidden"])]
-    hooks = [place.module.register_forward_hook(place.add) for place in [*places.values(), *decoder]]
+    hooks = [place.module.register_forward_hook(place.add) for place in [*places, *decoder]]
     training = bert.training
     bert.eval()
     for batch in batches:
         weight = torch.full((batch.input_ids.numel(), 1), UNMASKED_WEIGHT, device=batch.input_ids.device)
-        for place in places.values():
+        for place in places:
             place.weight = weight.index_fill(0, batch.positions, 1.0)  # (T,1)
         bert(batch.input_ids, batch.positions)
     bert.train(training)
     for hook in hooks:
         hook.remove()
-    for place in places.values():
+    for place in places:
         if isinstance(place.module, LayerNorm):
             rescale(place)
         fit = place.fit()
         for linear in place.readers:
-            linear.bias += linear.weight.double() @ fit[-1]
-            replace_columns(linear, place.keep, fit[:-1])
+            a, c = fit[:-1], fit[-1]  # (k,n), (n,)
+            if linear.bias is None:  # a projection; its fit has no c
+                a = place.fit(constant=False)
+            else:
+                linear.bias += linear.weight.double() @ c
+            linear.weight[:, place.keep] = (linear.weight.double() @ a.T).to(linear.weight)  # (out,k)
     for place in decoder:
         refit_decoder(bert, place)
-    if "hidden" in keep:
-        norms = [bert.bert.embeddings.LayerNorm, *(layer.output.LayerNorm for layer in bert.bert.layers)]
-        projections = [distiller.embedding_projection, *distiller.hidden_projections]
-        for norm, projection in zip(norms, projections, strict=True):  # without bias, so the fits have no c
-            replace_columns(projection, keep["hidden"], places[norm].fit(constant=False))
 
 
-def read_places(bert: Bert, keep: dict[str, torch.Tensor]) -> list[Place]:
-    """All places where units of the groups in `keep` are read by Linears, in forward order."""
-    norm, places = bert.bert.embeddings.LayerNorm, []  # (module, group, readers)
+def read_places(distiller: nn.Module, keep: dict[str, torch.Tensor]) -> list[Place]:
+    """All places where units of the groups in `keep` are read by Linears, in forward order. The projections read the
+    same hidden units as the layer or head that follows."""
+    bert: Bert = distiller.student
+    norm, projection = bert.bert.embeddings.LayerNorm, distiller.embedding_projection
+    places = []  # (module, group, readers)
     for i, layer in enumerate(bert.bert.layers):
         attention, output = layer.attention["self"], layer.attention["output"]
-        places += [(norm, "hidden", [attention.query, attention.key, attention.value]),
+        places += [(norm, "hidden", [attention.query, attention.key, attention.value, projection]),
                    (output, f"value_output.{i}", [output.dense]),
                    (output.LayerNorm, "hidden", [layer.intermediate["dense"]]),
                    (layer.output, f"feed_forward.{i}", [layer.output.dense])]
-        norm = layer.output.LayerNorm
-    last = [] if bert.cls is None else [bert.cls["predictions"].transform["dense"]]
+        norm, projection = layer.output.LayerNorm, distiller.hidden_projections[i]
+    last = [projection] if bert.cls is None else [projection, bert.cls["predictions"].transform["dense"]]
     places.append((norm, "hidden", last if bert.bert.pooler is None else [*last, bert.bert.pooler["dense"]]))
     return [Place(module, keep[group], readers) for module, group, readers in places if group in keep]
-
-
-def replace_columns(reader: Linear, keep: torch.Tensor, a: torch.Tensor):
-    """Replace the kept columns of W (out,n) by W A^T, for A (k,n)."""
-    reader.weight[:, keep] = (reader.weight.double() @ a.T).to(reader.weight)
 
 
 def rescale(place: Place):
