@@ -12,6 +12,7 @@ from support.checkpoint import load_model
 
 IDS = torch.arange(20).reshape(2, 10)
 
+
 @pytest.mark.parametrize("padding", [False, True])
 @pytest.mark.parametrize("seed", range(6))
 def test_logits_hidden_states_and_scores_equal_transformers(tmp_path, seed, padding):
