@@ -139,14 +139,13 @@ class Session:
             ):
                 if RANK == 0:  # forget what was logged after the checkpoint, which these steps log again
                     self.log_file.truncate(min(self.saved["log_bytes"], self.log_file.tell()) if self.saved else 0)
-                if self.saved:
-                    self.result = self.saved["evaluation"]
-                else:
+                if not self.saved:
                     self.log_evaluation(state)
                 with fast.compiled(self, state) if fast.pays(self) else contextlib.nullcontext():
                     self.step_seconds: list[float] = []
                     self.step_start, self.saved_at = time.perf_counter(), time.monotonic()
                     yield
+                    self.log_evaluation(state)  # here and not in `end_step`, because a finished run can be resumed, too
             if RANK == 0:
                 self.finish(state)
 
@@ -261,7 +260,7 @@ class Session:
             self.progress.write(f"about {left} (h:mm:ss) left; steps get faster as the student shrinks")
         if step % args.log_every == 0 or is_final:
             self.log_training(state, losses, rate, gradient_norm)
-        if step % (args.eval_every or max(1, args.steps // 10)) == 0 or is_final:
+        if step % (args.eval_every or max(1, args.steps // 10)) == 0 and not is_final:
             self.log_evaluation(state)
         if is_final or time.monotonic() - self.saved_at >= 60 * args.save_minutes:
             self.save(state)
@@ -304,7 +303,7 @@ class Session:
             run_folder.save_checkpoint(self.checkpoints, {
                 "step": state.step, "shape": state.shape._asdict(), "model": state.distiller.state_dict(),
                 "optimizer": state.optimizer.state_dict(), "lineage": state.lineage, "statistics": state.statistics,
-                "evaluation": self.result, "log_bytes": log.stat().st_size})
+                "log_bytes": log.stat().st_size})
 
     def restore(self, state):
         """Bring a new state to where the checkpoint was saved: prune, then load weights, moments and statistics."""
