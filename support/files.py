@@ -34,21 +34,19 @@ def fsync(path: Path):
         os.close(descriptor)
 
 
-def atomic_rename(work: Path, folder: Path):
-    """Give the finished folder `work` its name. After a power failure it exists completely or not at all."""
+def atomic_rename(work: Path, target: Path):
+    """Give the finished file or folder `work` its name. After a power failure it exists completely or not at all."""
     for path in (*work.rglob("*"), work):
         fsync(path)
-    work.rename(folder)
-    fsync(folder.parent)
+    work.replace(target)
+    fsync(target.parent)
 
 
 def write_atomically(path: Path, content: str | bytes):
     """Replace a file: readers, and a run after a power failure, see the old content or the new."""
     work = path.with_name(f"{path.name}.unfinished")
     work.write_bytes(content.encode() if isinstance(content, str) else content)
-    fsync(work)
-    work.replace(path)
-    fsync(path.parent)
+    atomic_rename(work, path)
 
 
 @contextlib.contextmanager

@@ -176,10 +176,10 @@ MUTANTS = [
      "balancing_transforms(o.mT @ o, v @ moment @ v.mT)", "extensions", "align or balancing"),
     ("extensions/align_heads.py", "[output.embedding, *output.hidden[:-1]]", "output.hidden", "extensions", "singular"),
     # files, checkpoints, resume
-    ("support/files.py", "    fsync(work)\n    work.replace", "    work.replace", "crash_consistency", "replaced"),
+    ("support/files.py", "        fsync(path)\n", "        pass\n", "crash_consistency", "replaced"),
     ("support/files.py", "        fsync(path)\n", "        pass\n", "crash_consistency", "exported"),
-    ("support/files.py", "    fsync(work)\n    work.replace", "    work.replace", "crash_consistency", "checkpoint"),
-    ("support/files.py", "    fsync(path.parent)\n", "", "crash_consistency", "checkpoint"),
+    ("support/files.py", "        fsync(path)\n", "        pass\n", "crash_consistency", "checkpoint"),
+    ("support/files.py", "    fsync(target.parent)\n", "", "crash_consistency", "checkpoint"),
     ("support/run_folder.py", "CHECKPOINTS_KEPT = 2", "CHECKPOINTS_KEPT = 1", "session", "damaged_checkpoint"),
     ("support/session.py", 'saved["lineage"], saved["statistics"]', 'saved["lineage"], {}', "session", "bit_for_bit"),
     ("support/session.py", 'state.distiller.load_state_dict(saved.pop("model"))', "pass", "session", "bit_for_bit"),
