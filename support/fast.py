@@ -49,10 +49,6 @@ def student_layer(layer: Layer, *inputs):
     return Layer.forward(layer, *inputs)  # a function of its own: torch keeps compilations by function
 
 
-def squared_error(student, teacher):
-    return F.mse_loss(student.float(), teacher.float())
-
-
 def switch_on(undo: contextlib.ExitStack, student, teacher, losses, backend: str):
     """Replace the layers of both models, and the losses in the module `losses`, until `undo` is closed."""
     import torch._dynamo  # here, because it takes a second, which short runs need not wait for
@@ -83,9 +79,9 @@ def switch_on(undo: contextlib.ExitStack, student, teacher, losses, backend: str
             if isinstance(module, LayerNorm):
                 undo.callback(module.register_forward_hook(in_autocast_dtype).remove)
 
-    mse = compile_(squared_error)  # of flat tensors, so that one compilation serves all of them
+    mse = compile_(losses.mean_mse)  # of one pair of flat tensors at a time, so that one compilation serves all
     replace(losses, "mean_mse", lambda student, teacher: sum(
-        mse(s.flatten(), t.flatten()) for s, t in zip(student, teacher, strict=True)) / len(teacher))
+        mse([s.flatten()], [t.flatten()]) for s, t in zip(student, teacher, strict=True)) / len(teacher))
     replace(losses, "vocabulary_losses", compile_(losses.vocabulary_losses))
 
 

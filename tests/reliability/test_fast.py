@@ -190,9 +190,9 @@ def test_nine_widths_are_compiled_once_and_equal_eager_steps(no_compilations):
             assert (quick_gradients[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7, name
     assert len(widths) == 9 and shape == TARGET
     counts = {f.__name__: compilations(f) for f in (
-        fast.student_layer, Layer.forward, distill.vocabulary_losses, fast.squared_error)}
+        fast.student_layer, Layer.forward, distill.vocabulary_losses, distill.mean_mse)}
     print("compilations:", counts)
-    assert counts["student_layer"] == counts["vocabulary_losses"] == counts["squared_error"] == 1
+    assert counts["student_layer"] == counts["vocabulary_losses"] == counts["mean_mse"] == 1
     assert counts["forward"] == 2  # the layers of the teacher, for two batch sizes
 
 
