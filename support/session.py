@@ -132,7 +132,7 @@ class Session:
                 run_folder.start_run(args, self.fingerprints)
             self.print_plan(state)
             with (
-                open(args.output / "log.jsonl" if RANK == 0 else os.devnull, "a") as self.log_file,
+                open(args.output / "log.jsonl" if RANK == 0 else os.devnull, "a", buffering=1) as self.log_file,
                 tqdm(total=args.steps, initial=state.step, unit="step", desc="distill",
                      disable=None if RANK == 0 else True) as self.progress,
                 graceful_stop() as self.signals,
@@ -268,8 +268,7 @@ class Session:
         self.step_start = time.perf_counter()  # evaluations and saving are not part of a step
 
     def log(self, event: str, **values):
-        self.log_file.write(json.dumps({"event": event, **values}) + "\n")
-        self.log_file.flush()
+        self.log_file.write(json.dumps({"event": event, **values}) + "\n")  # line-buffered
 
     def log_training(self, state, losses: dict[str, float], rate: float, gradient_norm: float):
         recent = self.step_seconds[-self.args.log_every :]
