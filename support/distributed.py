@@ -125,9 +125,9 @@ def all_gather_objects(value) -> list:
 
 
 def all_reduce_sum(values: dict[str, float]) -> dict[str, float]:
-    """The sum of every value over all processes. A process without rows may lack names; the last rank has all."""
+    """The sum of every value over all processes."""
     gathered = all_gather_objects(values)
-    return {name: sum(each.get(name, 0.0) for each in gathered) for name in gathered[-1]}
+    return {name: sum(each[name] for each in gathered) for name in values}
 
 
 def check_same_units(step: int, keep: dict[str, torch.Tensor]):
