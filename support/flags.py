@@ -93,15 +93,15 @@ def parse_flags(argv: list[str] | None, description: str, method_flags: tuple[Fl
     groups = {"method": method_flags, "data": DATA_FLAGS, "run": RUN_FLAGS, "evaluation": EVALUATION_FLAGS}
     parser = Parser(usage="%(prog)s [flags]", description=description, allow_abbrev=False,
                     argument_default=argparse.SUPPRESS)
-    defaults = {}
+    argv = sys.argv[1:] if argv is None else argv
+    defaults = {"command": shlex.join(["python", "distill.py", *argv])}
     for title, flags in groups.items():
         group = parser.add_argument_group(title)
         for flag in flags:
             defaults[add_flag(group, flag).dest] = flag.default
-    argv = sys.argv[1:] if argv is None else argv
     given = vars(parser.parse_args(argv))
     if "resume" in given:
-        return argparse.Namespace(**resumed_flags(given, {*defaults, "command"}))
+        return argparse.Namespace(**resumed_flags(given, set(defaults)))
     chosen = given.get("preset", [])
     if unknown := [name for name in chosen if name not in presets]:
         raise InputError(f"--preset {unknown[0]} is unknown: use one or more of {', '.join(presets)}")
@@ -109,8 +109,7 @@ def parse_flags(argv: list[str] | None, description: str, method_flags: tuple[Fl
         chosen = ["demo", *chosen]
     for name in chosen:
         defaults |= presets[name]
-    command = shlex.join(["python", "distill.py", *argv])
-    return argparse.Namespace(**defaults | given | {"preset": chosen} | {"command": command})
+    return argparse.Namespace(**defaults | given | {"preset": chosen})
 
 
 def add_flag(group, flag: Flag) -> argparse.Action:

@@ -219,7 +219,7 @@ MUTANTS = [
     ("support/evaluation.py", "(s @ t.T).argmax(1)", "(s @ t.T).argmax(0)", "sentence_encoder", "agreement"),
     ("support/model_card.py", "None if Path(args.teacher).is_dir() else", "", "model_card", "metadata"),
     ("support/model_card.py", '"sentence-transformers" if task', '"transformers" if task', "model_card", "metadata"),
-    ("support/flags.py", '{*defaults, "command"}', "set(defaults)", "session", "given_again"),
+    ("support/flags.py", "set(defaults)", 'set(defaults) - {"command"}', "session", "given_again"),
     ("support/session.py", "encoder.max_length if encoder else", "", "sentence_encoder", "opens_as"),
     ("support/hub.py", "[*weights, *others, *modules]", "[*weights, *others]", "hub", "sentence_encoder"),
     ("support/files.py", '*folder.glob("[0-9]*_*/*")', "", "files", "fingerprint"),
