@@ -222,15 +222,15 @@ def initial_state(args: argparse.Namespace, session: Session) -> TrainingState:
     return state
 
 
-def make_optimizer(distiller: Distiller, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW. Weight decay applies to the student's matrices, but not to biases, LayerNorms and the projections, which
-    belong near the identity."""
-    trained = [p for p in distiller.student.parameters() if p.requires_grad]
-    no_decay = [p for p in trained if p.dim() == 1]
-    no_decay += [p.weight for p in (*distiller.hidden_projections, distiller.embedding_projection)]
-    groups = [{"params": [p for p in trained if p.dim() == 2], "weight_decay": weight_decay},
-              {"params": no_decay, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=ADAM_BETAS, eps=ADAM_EPS, fused=True)
+def make_optimizer(model: nn.Module, weight_decay: float, betas=ADAM_BETAS) -> torch.optim.AdamW:
+    """AdamW. Weight decay applies to matrices, but not to biases, LayerNorms and the projections, which belong near the
+    identity."""
+    decay, no_decay = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (no_decay if parameter.dim() == 1 or "projection" in name else decay).append(parameter)
+    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=ADAM_EPS, fused=True)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from distill import ADAM_BETAS, ADAM_EPS, learning_rate
+from distill import learning_rate, make_optimizer
 from model import Bert, Linear
 from support import distributed
 from support.batches import Row, make_batch, training_batches
@@ -187,10 +187,7 @@ def fine_tune(folder: Path, rows: dict[str, list[Row]], job: Job, device) -> tup
     net = TaskModel(load_model(folder), job.task).to(device)
     if job.dropout is not None:
         net.set_dropout(job.dropout)
-    parameters = list(net.parameters())
-    groups = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": job.weight_decay},
-              {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=ADAM_BETAS, eps=ADAM_EPS, fused=True)
+    optimizer = make_optimizer(net, job.weight_decay)
     steps = job.epochs * -(-len(rows["train"]) // job.batch_size)
     steps = min(steps, job.max_steps or steps)
     step, best, best_score, best_weights = 0, {}, -np.inf, {}
@@ -203,7 +200,7 @@ def fine_tune(folder: Path, rows: dict[str, list[Row]], job: Job, device) -> tup
                 logits = net(ids, types, mask)
             loss = task_loss(net.kind, logits, labels)
             loss.backward()
-            nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
+            nn.utils.clip_grad_norm_(net.parameters(), MAX_GRADIENT_NORM)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, job.learning_rate, job.warmup)
             optimizer.step()

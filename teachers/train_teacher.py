@@ -21,6 +21,7 @@ from tokenizers.trainers import WordPieceTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import MaskedRows  # noqa: E402
+from distill import make_optimizer  # noqa: E402
 from model import Bert, BertConfig  # noqa: E402
 from support import checkpoint  # noqa: E402
 from support.corpus import corpus_files, numbered_pieces, tokenise  # noqa: E402
@@ -116,9 +117,8 @@ def main():
     precision = resolve_precision("auto", device)
     bert, tokenizer, tokens = initial_model(args)
     bert.to(device).set_dropout(0)  # the text is seen about once, so there is nothing to overfit
-    groups = [{"params": [p for p in bert.parameters() if p.dim() == dim], "weight_decay": decay}
-              for dim, decay in ((2, 0.01), (1, 0.0))]  # the pooler gets no gradient and keeps its initial weights
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)
+    # The pooler gets no gradient and keeps its initial weights
+    optimizer = make_optimizer(bert, weight_decay=0.01, betas=(0.9, 0.98))
     lengths = [min(length, bert.config.max_position_embeddings) for length in (128, 512)]
     phases = [MaskedRows(tokens.train, length, tokenizer, MASKED_FRACTION) for length in lengths]
     heldout = MaskedRows(tokens.heldout, lengths[0], tokenizer)

@@ -72,7 +72,7 @@ MUTANTS = [
     ("distill.py", "zip(self.hidden_projections, hidden, strict=True)]",
      "zip(self.hidden_projections, reversed(hidden), strict=True)]", "distill", "equations"),
     ("distill.py", "nn.init.eye_(projection.weight)", "nn.init.normal_(projection.weight)", "distill", "exactly_zero"),
-    ("distill.py", "no_decay += [p.weight", "_ = [p.weight", "distill", "three_updates"),
+    ("distill.py", ' or "projection" in name', "", "distill", "three_updates"),
     ("distill.py", "(0.9, 0.999), 1e-6", "(0.9, 0.99), 1e-6", "distill", "three_updates"),
     ("distill.py", "min(rising, (steps - step)", "max(rising, (steps - step)", "distill", "learning_rate"),
     ("distill.py", "student.set_dropout(args.dropout)", "pass", "distill", "every_setting"),
