@@ -36,7 +36,7 @@ from support.checkpoint import load_config, load_model, load_tokenizer, save_mod
 from support.distributed import RANK, WORLD
 from support.errors import InputError, LocalError, run_program
 from support.files import atomic_rename, model_fingerprint, read_json
-from support.flags import Parser, number
+from support.flags import COUNT, FRACTION, NONNEGATIVE, Parser, number
 from support.glue import GLUE_AVERAGE, TASKS, data_hash, encode, find_data, read_task
 from support.hub import find_model
 from support.metrics import METRICS, squad_scores
@@ -239,7 +239,6 @@ def write_predictions(folder: Path, net: TaskModel, rows: dict[str, list[Row]], 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The flags. Raises InputError."""
-    count, fraction = number(int, 1, 10**9), number(float, 0, 1)
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--model", nargs="+", type=lambda name: name.rstrip("/") or name, required=True,
@@ -251,12 +250,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--max-length", type=number(int, 16, 10**6), help="Maximum tokens per row, at most the model's positions. "
         "Default: depends on the task.")
     add("--seeds", nargs="+", type=number(int, 0, 2**32 - 1), default=[0], help="Random seeds, one result each. [0]")
-    add("--epochs", type=count, help="Passes over the training split. Default: depends on the task.")
-    add("--max-steps", type=count, help="Maximum optimizer steps. Default: no maximum.")
+    add("--epochs", type=COUNT, help="Passes over the training split. Default: depends on the task.")
+    add("--max-steps", type=COUNT, help="Maximum optimizer steps. Default: no maximum.")
     add("--learning-rate", type=number(float, 1e-9, 1), help="Peak learning rate. Default: depends on the task.")
-    add("--batch-size", type=count, help="Rows per step. Default: depends on the task.")
-    add("--warmup", type=fraction, default=0.1, help="Fraction of steps with a rising learning rate. [%(default)s]")
-    add("--weight-decay", type=number(float, 0, 1e9), default=0.01, help="Weight decay of the matrices. [%(default)s]")
+    add("--batch-size", type=COUNT, help="Rows per step. Default: depends on the task.")
+    add("--warmup", type=FRACTION, default=0.1, help="Fraction of steps with a rising learning rate. [%(default)s]")
+    add("--weight-decay", type=NONNEGATIVE, default=0.01, help="Weight decay of the matrices. [%(default)s]")
     add("--dropout", type=number(float, 0, 0.99), help="Dropout probability. Default: that of the checkpoint.")
     add("--output", type=Path, default=Path("runs/finetune"), help="Folder for fine-tuned models and their results. "
         "Finished ones are kept. [%(default)s]")

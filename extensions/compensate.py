@@ -33,8 +33,8 @@ def fit_batches(session, units: int, step: int) -> Iterator[Batch]:
     steps = 1 if session.teacher.cls is not None else UNMASKED_STEPS
     per_step = min(args.batch_size, math.ceil(wanted / steps))
     while wanted > 0:
-        for begin in range(0, min(per_step, wanted), session.micro_batch_size):
-            end = min(begin + session.micro_batch_size, per_step, wanted)
+        for begin in range(0, min(per_step, wanted), args.micro_batch_size):
+            end = min(begin + args.micro_batch_size, per_step, wanted)
             yield rows.training_batch(args.seed, step, args.batch_size, begin, end).to(session.device)
         step, wanted = step + 1, wanted - per_step
 

@@ -107,7 +107,6 @@ class Session:
         distributed.init_distributed(self.device)
         if args.micro_batch_size is None:  # recorded, so that a resumed run has the same
             args.micro_batch_size = self.default_micro_batch_size()
-        self.micro_batch_size = args.micro_batch_size
 
     def default_micro_batch_size(self) -> int:
         """What fits: a training step needs about 20 D + 4 F + 2 S floats for every layer of a token, and 8 V for every
@@ -218,10 +217,10 @@ class Session:
         args = self.args
         torch.manual_seed(((args.seed * args.steps + state.step) * WORLD + RANK) % 2**63)  # of dropout
         first, stop = rank_slice(args.batch_size)
-        for begin in range(first, stop, self.micro_batch_size):
+        for begin in range(first, stop, args.micro_batch_size):
             if WORLD == 1 or begin == first:  # the others may be at another micro-batch
                 self.stop_on_signal(state)
-            end = min(begin + self.micro_batch_size, stop)
+            end = min(begin + args.micro_batch_size, stop)
             batch = self.rows.training_batch(args.seed, state.step, args.batch_size, begin, end).to(self.device)
             yield batch, (end - begin) / args.batch_size, end == stop
 
@@ -284,7 +283,7 @@ class Session:
 
     def evaluation(self, state) -> dict[str, float]:
         return evaluate(state.distiller, self.teacher, self.heldout, min(self.args.eval_rows, len(self.heldout)),
-                        self.micro_batch_size, self.device, self.autocast)
+                        self.args.micro_batch_size, self.device, self.autocast)
 
     def log_evaluation(self, state):
         self.result = self.evaluation(state)

@@ -279,7 +279,7 @@ MUTANTS = [
     ("finetune.py", "if score > best_score:", "if True:", "finetune", "best"),
     ("finetune.py", 'rows[f"dev{suffix}"]', 'rows[f"dev{task.suffixes[0]}"]', "finetune", "mnli"),
     ("finetune.py", '("_matched", "-m")', '("_matched", "-mm")', "finetune", "mnli"),
-    ("finetune.py", "nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)", "pass", "finetune", ""),
+    ("finetune.py", "nn.utils.clip_grad_norm_(net.parameters(), MAX_GRADIENT_NORM)", "pass", "finetune", ""),
     ("support/batches.py", "mask = columns < torch", "mask = columns <= torch", "finetune", "batches"),
     ("experiments/to_tensorboard.py", "value, step)", "value)", "experiments", "tensorboard"),
     ("experiments/to_tensorboard.py", "    shutil.rmtree(folder, ignore_errors=True)\n    work.rename(folder)",

@@ -282,7 +282,7 @@ def test_both_extensions_ignore_dropout_and_leave_modes_and_hooks_as_they_were()
 
 def test_fits_use_the_upcoming_training_rows(tokenizer):
     rows = MaskedRows(np.arange(14 * 50) % 100, 16, tokenizer)
-    session = SimpleNamespace(args=SimpleNamespace(seed=3, batch_size=8, seq_length=16), rows=rows, micro_batch_size=3,
+    session = SimpleNamespace(args=SimpleNamespace(seed=3, batch_size=8, seq_length=16, micro_batch_size=3), rows=rows,
                               device="cpu", teacher=random_bert())
     batches = list(fit_batches(session, units=26, step=2))
     assert [len(b.input_ids) for b in batches] == [3, 3, 2, 3, 2]  # 13 rows of 16 tokens: 8 tokens for each unit
@@ -294,7 +294,7 @@ def test_fits_use_unmasked_rows_of_all_lengths(tokenizer):
     """Those of a step have one length, so that a fit on the rows of a single step would know this length only."""
     teacher = random_bert()
     teacher.cls = None
-    session = SimpleNamespace(args=SimpleNamespace(seed=0, batch_size=500, seq_length=128), micro_batch_size=64,
+    session = SimpleNamespace(args=SimpleNamespace(seed=0, batch_size=500, seq_length=128, micro_batch_size=64),
                               rows=UnmaskedRows(np.arange(126 * 600) % 100, 128, tokenizer), device="cpu",
                               teacher=teacher)
     ids = [batch.input_ids for batch in fit_batches(session, units=768, step=0)]
