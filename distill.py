@@ -61,7 +61,8 @@ METHOD_FLAGS = (
     Flag("--warmup", 0.1, FRACTION, "Fraction of the run in which the learning rate rises; then it falls to zero."),
     Flag("--weight-decay", 0.01, NONNEGATIVE, "Decoupled weight decay of the matrices. Our choice: BERT's."),
     Flag("--clip", 1.0, NONNEGATIVE, "Maximum gradient norm, 0 for none. Our choice: BERT's."),
-    Flag("--dropout", 0.0, number(float, 0, 0.99), "Dropout of the student. Our choice: 0, so losses start at 0."),
+    Flag("--dropout", 0.0, number(float, 0, 0.99), "Dropout of the student. Our choice: 0, so the "
+         "distillation losses start at 0."),
     Flag("--alpha-mlm", 1.0, NONNEGATIVE, "Weight of the masked-LM loss; 0 drops a loss. All weights are our choice."),
     Flag("--alpha-pred", 1.0, NONNEGATIVE, "Weight of the KL divergence from the teacher's predictions."),
     Flag("--alpha-hidn", 1.0, NONNEGATIVE, "Weight of the distance between layer outputs."),
@@ -108,9 +109,9 @@ def mean_mse(student: list[torch.Tensor], teacher: list[torch.Tensor]):
 
 
 def ranking_loss(student: Output, labels):
-    """Ranks the units while all distillation losses are zero: L_MLM or, without a head, the squared distance of the
-    last output to itself plus noise. Its gradient is that of a Gaussian likelihood at a sampled target, as in the
-    Fisher information [ours]."""
+    """Its gradient ranks the units while all distillation losses are zero [ours]. It is L_MLM or, without a head, the
+    squared distance of the last output to itself plus noise, whose gradient is that of a Gaussian likelihood at a
+    sampled target, as in the Fisher information."""
     if student.logits is not None:
         return F.cross_entropy(student.logits.float(), labels)
     output = student.hidden[-1].float()  # (B,S,D)
@@ -137,8 +138,9 @@ class Distiller(nn.Module):
         self.temperature, self.encoder = temperature, encoder  # encoder: a SentenceEncoder or None
 
     def forward(self, batch: data.Batch, teacher: Output, ranking: bool = False) -> dict[str, torch.Tensor]:
-        """All losses by name, and `loss`, their weighted sum L = L_MLM + a1 L_pred + a2 L_hidn + a3 L_emb + a4 L_attn
-        (HomoDistil, section 3.1). A loss of weight 0 is left out. With `ranking`, `ranking_loss` is added."""
+        """All losses by name, and `loss`, their sum weighted by `alphas`; in the paper (section 3.1) it is
+        L = L_MLM + a1 L_pred + a2 L_hidn + a3 L_emb + a4 L_attn. A loss of weight 0 is left out. With `ranking`,
+        `ranking_loss` is added."""
         alphas = self.alphas | ({"ranking": 1.0} if ranking else {})
         student = self.student(batch.input_ids, batch.positions, want_scores="attn" in alphas)
         losses = {}
@@ -163,7 +165,7 @@ class Distiller(nn.Module):
         return [project(h) for project, h in zip(self.hidden_projections, hidden, strict=True)]
 
     def uses_all_parameters(self) -> bool:
-        """Whether every parameter gets a gradient in every step."""
+        """Whether every trained parameter gets a gradient in every step."""
         head = self.student.cls is None or self.alphas.keys() & {"mlm", "pred"}
         return bool(head) and {"hidn", "emb"} <= self.alphas.keys()
 
@@ -173,14 +175,14 @@ class Distiller(nn.Module):
 
 @dataclasses.dataclass
 class TrainingState:
-    """Everything that the loop changes, and so everything that a checkpoint holds."""
+    """Everything that the loop changes. A checkpoint holds all of it but the engine, which is built again."""
 
     step: int  # finished optimizer steps
     shape: prune.Shape  # of the student
     distiller: Distiller
     optimizer: torch.optim.AdamW
     lineage: dict[str, torch.Tensor]  # group -> (units,), indices in the (aligned) teacher
-    statistics: dict[str, dict[str, torch.Tensor]] = dataclasses.field(default_factory=dict)  # name -> group or weight
+    statistics: dict[str, dict[str, torch.Tensor]] = dataclasses.field(default_factory=dict)  # of importance
     engine: nn.Module | None = None  # the distiller, wrapped for several processes
 
     def wrap(self):
@@ -189,16 +191,16 @@ class TrainingState:
 
 
 def initial_state(args: argparse.Namespace, session: Session) -> TrainingState:
-    """The student as a copy of the teacher or, to resume, as the checkpoint has it. Raises InputError."""
+    """The student as a copy of the teacher, as --init has it, or as a checkpoint has it. Raises InputError."""
     alphas = {name: getattr(args, f"alpha_{name}") for name in ("mlm", "pred", "hidn", "emb", "attn", "pool")}
     if session.teacher.cls is None:
-        print(f"{args.teacher} has no masked-LM head, nor will the student: L_MLM, L_pred and masks are off")
+        print(f"{args.teacher} has no masked-LM head, so the student gets none: L_MLM, L_pred and masks are off")
         alphas["mlm"] = alphas["pred"] = 0.0
     if session.encoder is None:
         alphas["pool"] = 0.0
     if not any(alphas.values()):
         raise InputError("all loss weights --alpha-* are zero: there is nothing to learn")
-    student = copy.deepcopy(session.teacher).requires_grad_(True)  # the student starts as the teacher
+    student = copy.deepcopy(session.teacher).requires_grad_(True)
     student.set_dropout(args.dropout)
     if student.bert.pooler is not None:
         student.bert.pooler.requires_grad_(False)  # no loss reaches the pooler; it is only sliced
@@ -263,7 +265,7 @@ def distill(args: argparse.Namespace, session: Session, state: TrainingState):
     start_shape = session.teacher_shape if args.init == "teacher" else session.target_shape
     while state.step < args.steps:
         # 1. Losses and gradients, one micro-batch at a time. In a student that equals the teacher only L_MLM has a
-        #    gradient. If it is off, `ranking_loss` ranks the units until the first prune, and no step is taken.
+        #    gradient. If it is off, `ranking_loss` ranks the units until the first prune, and AdamW waits.
         ranking_only = "mlm" not in distiller.alphas and state.shape == session.teacher_shape
         losses: dict[str, torch.Tensor] = {}
         for batch, fraction, is_last in session.micro_batches(state):
@@ -276,7 +278,7 @@ def distill(args: argparse.Namespace, session: Session, state: TrainingState):
 
         # 3. Clip the gradients; AdamW.
         gradient_norm = nn.utils.clip_grad_norm_(distiller.parameters(), args.clip or float("inf"))
-        *values, gradient_norm = torch.stack([*losses.values(), gradient_norm]).tolist()  # the only wait for the GPU
+        *values, gradient_norm = torch.stack([*losses.values(), gradient_norm]).tolist()  # the wait for the GPU
         losses = distributed.all_reduce_sum(dict(zip(losses, values, strict=True)))
         session.check_finite(state, losses, gradient_norm)
         rate = learning_rate(state.step, args.steps, args.learning_rate, args.warmup)
@@ -299,7 +301,8 @@ def distill(args: argparse.Namespace, session: Session, state: TrainingState):
                     compensate(distiller, keep, fit_batches(session, max(map(len, keep.values())), state.step + 1))
                 prune.prune_units(distiller, keep, new_shape, optimizer, (state.lineage, *state.statistics.values()))
                 state.shape = new_shape
-                state.statistics = {} if new_shape == session.target_shape else state.statistics  # no longer needed
+                if new_shape == session.target_shape:
+                    state.statistics = {}  # no longer needed
             state.wrap()  # DDP must be rebuilt around the new parameters
 
         # 5. Log, evaluate and save. A signal stops the run before the next micro-batch.
@@ -327,7 +330,7 @@ def run(args: argparse.Namespace):
 
 def main(argv: list[str] | None = None) -> int:
     return run_program("distill.py", lambda: run(parse_arguments(argv)),
-                       resume_hint="to continue, rerun with --resume --output FOLDER, or as before if that has no run",
+                       resume_hint="to continue, use --resume --output FOLDER, or the same command if it holds no run",
                        memory_hint="use a smaller --micro-batch-size")
 
 

@@ -213,7 +213,7 @@ class MaskedLMHead(nn.Module):
 
 @dataclasses.dataclass
 class Output:
-    """What the losses need. `scores` are None unless requested, and `logits` without positions or head."""
+    """What the losses need. Each of `scores` is None unless requested; `logits` is None without positions or head."""
 
     embedding: torch.Tensor  # (B,S,D)
     hidden: list[torch.Tensor]  # L times (B,S,D)

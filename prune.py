@@ -4,7 +4,7 @@ The four parts are, in order: which weights are pruned together, how important e
 schedule keeps, and the pruning itself. Shape letters as in model.py.
 
 A *unit* is one neuron: a hidden dimension, a feed-forward neuron, or a dimension of a head. A *group* is a set of units
-that are pruned by the same indices, named by a key:
+that are ranked together; every axis of a weight that belongs to it is sliced by the same indices. Groups have keys:
     hidden             D units; one group for the whole model, because of the residual stream
     feed_forward.l     F units of layer l
     query_key.l        H*K units of layer l, ordered by head: rows of W_q and of W_k
@@ -23,11 +23,11 @@ from torch import nn
 from model import Bert, BertConfig
 
 # ---- Which weights are pruned together -----------------------------------------------------------------------
-# The structure table: layer -> the group of each dimension of its weight, (out, in) for a Linear and (rows, width) for
-# an Embedding, or None if it is never pruned. A bias has the dimension that comes first. The table drives the slicing
-# of parameters, Adam moments and importance scores. The decoder is tied to the word embeddings, so it is sliced with
-# them; its bias (V) is never pruned. The projections W_hidn and W_emb (distill.py) map to the teacher's hidden size,
-# which does not change.
+# The structure table: module -> the group of each axis of its weight, (out, in) for a Linear and (rows, width) for an
+# Embedding; None is an axis that is never pruned. A bias has the first axis of its weight. The table drives the sums of
+# importance, and the slicing of parameters, Adam moments and statistics. The decoder is tied to the word embeddings, so
+# it is sliced with them; its bias (V) is never pruned. The projections W_hidn and W_emb (distill.py) map to the
+# teacher's hidden size, which does not change.
 
 STRUCTURE = {
     "bert.embeddings.word_embeddings": (None, "hidden"),
@@ -52,16 +52,16 @@ STRUCTURE = {
 
 
 def tensor_axes(model: nn.Module) -> dict[str, dict[int, str]]:
-    """The table for one model, a Bert or a module that holds one as `student`: parameter name -> dimension -> group.
+    """The table for one model, a Bert or a module that holds one as `student`: parameter name -> axis -> group.
     Parameters that are never pruned are absent."""
     table = {}
     for name, parameter in model.named_parameters():
-        layer = name.removeprefix("student.").rpartition(".")[0]
-        number = re.search(r"\.(\d+)\b", layer)  # of the transformer layer
-        groups = STRUCTURE[re.sub(r"\.\d+\b", ".*", layer)]
-        for dimension, group in enumerate(groups[:parameter.dim()]):
+        module = name.removeprefix("student.").rpartition(".")[0]
+        number = re.search(r"\.(\d+)\b", module)  # of the layer
+        groups = STRUCTURE[re.sub(r"\.\d+\b", ".*", module)]
+        for axis, group in enumerate(groups[:parameter.dim()]):
             if group is not None:
-                table.setdefault(name, {})[dimension] = group.replace("*", number[1]) if number else group
+                table.setdefault(name, {})[axis] = group.replace("*", number[1]) if number else group
     return table
 
 
@@ -69,27 +69,27 @@ def teacher_indices(model: nn.Module) -> dict[str, torch.Tensor]:
     """The lineage of an unpruned model: group -> (units,) int64, each unit's index in the teacher. Every prune slices
     it, so that it lists the units that are left; with --align-heads, those of the teacher's aligned heads."""
     parameters = dict(model.named_parameters())
-    return {group: torch.arange(parameters[name].shape[dimension], device=parameters[name].device)
-            for name, dimensions in tensor_axes(model).items() for dimension, group in dimensions.items()}
+    return {group: torch.arange(parameters[name].shape[axis], device=parameters[name].device)
+            for name, axes in tensor_axes(model).items() for axis, group in axes.items()}
 
 
 # ---- How important each unit is ------------------------------------------------------------------------------
 
-PLATON_DECAY = 0.85  # of both averages, per step; PLATON's scripts have 0.85 and 0.65 to 0.95, per 10 steps
+PLATON_DECAY = 0.85  # of both averages, every step; PLATON's scripts: 0.85 and 0.65 to 0.95, every 10 steps
 
 
 def sum_per_unit(bert: Bert, scores: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Sum the scores of all weights of each unit: group -> (units,).
 
-    scores: name and score of each trained parameter, of its shape. A weight of a matrix counts for the unit of its row
-    and for the unit of its column. The pooler is not trained and does not count, nor do the projections, which are not
-    part of the student.
+    scores: (name, tensor of the parameter's shape) of each trained parameter. A weight of a matrix counts for the unit
+    of its row and for the unit of its column. The pooler is not trained and does not count, nor do the projections,
+    which are not part of the student.
     """
     axes = tensor_axes(bert)
     sums: dict[str, torch.Tensor] = {}
     for name, values in scores:
-        for dimension, group in axes.get(name, {}).items():
-            total = values.sum(1 - dimension) if values.dim() == 2 else values  # (units,)
+        for axis, group in axes.get(name, {}).items():
+            total = values.sum(1 - axis) if values.dim() == 2 else values  # (units,)
             sums[group] = sums[group] + total if group in sums else total
     return sums
 
@@ -100,10 +100,11 @@ def accumulate_importance(criterion: str, statistics: dict[str, dict[str, torch.
 
     The sensitivity of a weight is |theta * dL/dtheta|, a first-order estimate of how much the loss would change without
     it; that of a unit is the L1 norm over its weights, so the absolute value comes before the sum (HomoDistil, section
-    3.2). Call this with complete gradients, before clipping, while the weights are those the gradients belong to.
+    3.2). Call this with complete gradients, before they are clipped and before the optimizer changes the weights.
 
-    "sensitivity" averages per unit with `decay`, from the first value on. "platon" (Zhang et al., ICML 2022) averages
-    per weight, with decay 0.85 and from zero on, the sensitivity and its distance from that average, the uncertainty.
+    "sensitivity" averages per unit with `decay`, starting at the first value. "platon" (Zhang et al., ICML 2022)
+    averages per weight, with decay 0.85 and starting at zero, the sensitivity and its distance from that average, which
+    is the uncertainty.
     """
     if criterion == "sensitivity":
         average = statistics.setdefault("sensitivity", {})
@@ -163,15 +164,16 @@ def fraction_to_prune(step: float, start: float, end: float, power: float = 3) -
 
 def scheduled_shape(step: float, start: float, end: float, teacher: Shape, target: Shape, granularity: int,
                     power: float = 3) -> Shape:
-    """The shape after `step` steps of the cubic schedule (HomoDistil, section 3.2).
+    """The shape after `step` steps of the schedule, which is cubic if power is 3 (HomoDistil, section 3.2).
 
-    Every width is r(t) = r_f + (1 - r_f) fraction_to_prune(t) of the teacher's. What is pruned is rounded to a multiple
-    of `granularity` hidden dimensions, 4 times as many feed-forward neurons, a quarter as many dimensions of a head, or
-    is all of it if that is less. Whole heads are pruned first, as long as the other heads can hold the width H*K.
+    Every width is r(t) = r_f + (1 - r_f) fraction_to_prune(t) times the teacher's; r_f gives the target's. What is
+    pruned is rounded to a multiple of `granularity` hidden dimensions, 4 times as many feed-forward neurons, a quarter
+    as many dimensions of a head, or is all of it if that is less. Whole heads are pruned first, as long as the other
+    heads can hold the width H*K.
     """
     fraction = fraction_to_prune(step, start, end, power)
-    if fraction in (0, 1):
-        return teacher if fraction else target
+    if fraction == 0:
+        return target
 
     def lerp(full: float, final: float) -> float:
         return final + (full - final) * fraction
@@ -180,7 +182,8 @@ def scheduled_shape(step: float, start: float, end: float, teacher: Shape, targe
         multiple = max(1, min(multiple, full - final))
         return max(final, full - round((full - size) / multiple) * multiple)
 
-    hidden, intermediate = (lerp(teacher[i], target[i]) for i in (0, 1))
+    hidden = lerp(teacher.hidden_size, target.hidden_size)
+    intermediate = lerp(teacher.intermediate_size, target.intermediate_size)
     inner = lerp(teacher.num_heads * teacher.head_size, target.num_heads * target.head_size)
     heads = max(target.num_heads, math.ceil(inner / teacher.head_size))
     head_size = round_to_multiple(inner / heads, granularity // 4, teacher.head_size, target.head_size)
@@ -200,8 +203,8 @@ def topk_sorted(importance: torch.Tensor, count: int) -> torch.Tensor:
 def choose_units(importance: dict[str, torch.Tensor], shape: Shape, new_shape: Shape) -> dict[str, torch.Tensor]:
     """The units to keep: group -> ascending indices. Groups that lose nothing are absent.
 
-    Every group is ranked by itself, so that each matrix reaches its target width. Only heads are ranked by all of their
-    units in both attention groups; then the units of each kept head are ranked in each group.
+    Every group is ranked by itself, so that each matrix reaches its target width. Heads are the exception: they are
+    ranked by all of their units in both attention groups, and then the units of each kept head in each group.
     """
     keep = {}
     for group, values in importance.items():
@@ -226,23 +229,23 @@ def prune_units(model: nn.Module, keep: dict[str, torch.Tensor], new_shape: Shap
 
     model: a Bert or a module that holds one as `student`. The optimizer keeps the moments of the kept weights.
     tensors: dictionaries with a vector per group or a tensor per parameter of the Bert, such as the lineage and the
-    statistics of importance. No full-size tensor is referenced afterwards.
+    statistics of importance. The config gets the new shape, and no full-size tensor is kept.
     """
     bert: Bert = getattr(model, "student", model)
     axes = tensor_axes(model) | tensor_axes(bert) | {group: {0: group} for group in keep}
 
     def sliced(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        for dimension, group in axes.get(name, {}).items():
-            tensor = tensor.index_select(dimension, keep[group]) if group in keep else tensor
+        for axis, group in axes.get(name, {}).items():
+            tensor = tensor.index_select(axis, keep[group]) if group in keep else tensor
         return tensor
 
     # Every tensor becomes a new Parameter without a gradient. New data for the old one would break graphs that still
     # hold its shape, such as that of a loss kept by a caller or of DistributedDataParallel.
     replacement = {}
     for name, old in list(model.named_parameters()):
-        layer, _, tensor = name.rpartition(".")
+        module, _, tensor = name.rpartition(".")
         new = replacement[old] = nn.Parameter(sliced(name, old.detach()), requires_grad=old.requires_grad)
-        setattr(model.get_submodule(layer), tensor, new)
+        setattr(model.get_submodule(module), tensor, new)
         if optimizer is not None and old in optimizer.state:
             state = optimizer.state.pop(old)
             state |= {key: sliced(name, state[key]) for key in ("exp_avg", "exp_avg_sq")}

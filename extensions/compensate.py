@@ -17,9 +17,9 @@ from data import Batch
 from extensions.align_heads import extended
 from model import Bert, LayerNorm, Linear
 
-UNMASKED_STEPS = 16  # steps from which a fit takes unmasked rows, as all rows of a step have one length
+UNMASKED_STEPS = 16  # a fit takes unmasked rows from so many steps, because all rows of a step have one length
 TOKENS_PER_UNIT = 8  # tokens per unit in a fit; fewer overfit, twice as many cost twice the time and gain little
-RIDGE = 1e-3  # times the mean of the diagonal, added to that of every fit; it draws the fit to the plain prune
+RIDGE = 1e-3  # of the mean of the diagonal, added to every fit's diagonal; it draws the fit to the plain prune
 UNMASKED_WEIGHT = 0.2  # weight of an unmasked token; all of them together count about as much as the masked ones
 
 
@@ -42,7 +42,7 @@ def fit_batches(session, units: int, step: int) -> Iterator[Batch]:
 class Place:
     """A place in the forward pass where units x (T,n) are read by `readers`, and the weighted sums over the tokens for
     the least-squares fit there. x_k (T,k) are the kept units; those of a LayerNorm are normalised among themselves.
-    kept = x~_k^T x~_k (k+1,k+1); cross = x~_k^T x (k+1,n)."""
+    kept = x~_k^T w x~_k (k+1,k+1); cross = x~_k^T w x (k+1,n), with the tokens' weights on the diagonal of w."""
 
     def __init__(self, module: nn.Module, keep: torch.Tensor, readers: Sequence[Linear] = ()):
         self.module, self.keep, self.readers = module, keep, readers
@@ -87,11 +87,11 @@ class Place:
 @torch.no_grad()
 def compensate(distiller: nn.Module, keep: dict[str, torch.Tensor], batches: Iterable[Batch]):
     """Prepare a Distiller for `prune.prune_units` with the same `keep`: change its weights in place, still at the old
-    shape, so that the kept units also do what can be done of the pruned ones' work. Adam's moments are not changed.
+    shape, so that the kept units take over as much of the pruned ones' work as they can. Adam's moments do not change.
 
     Wherever units are read, x ~= x_k A + c is fitted, and a reader W x + b becomes (W A^T) x_k + (W c + b). All fits
-    come from one pass over `batches`, without autocast. Query-key dimensions are left alone: in aligned heads they are
-    orthogonal, so that a fit would be the plain prune.
+    come from one pass over `batches`, without autocast. Query-key dimensions are left alone: as long as heads are
+    aligned, these are orthogonal, so that a fit would be the plain prune.
     """
     bert: Bert = distiller.student
     places = read_places(distiller, keep)
