@@ -76,7 +76,7 @@ class Job:
         return f"{self.model} {self.task} seed {self.seed}"
 
     def folder(self, output: Path) -> Path:
-        """OUTPUT/MODEL/TASK-seedN. MODEL is the name of the model; that of a path is shortened and gets a hash."""
+        """OUTPUT/MODEL/TASK-seedN. MODEL is the name of the model; one with "/" is shortened and gets a hash."""
         name = self.model
         if not re.fullmatch(r"\w[\w.-]{,50}", name):  # a folder name may have 255 bytes, a character up to 4 of them
             digest = hashlib.sha256(name.encode()).hexdigest()[:8]
@@ -269,8 +269,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def results_table(results: list[dict]) -> str:
     """A row for every model, a column for every metric of every task: mean and standard deviation over the seeds.
 
-    results: those of every task and seed, model by model. The last column is the GLUE average: the mean over the tasks
-    of the mean of each task's metrics.
+    results: those of every task and seed, model by model. If any task is of GLUE, the last column is the mean over
+    these tasks of the mean of each task's metrics.
     """
     table = []
     for model, group in itertools.groupby(results, lambda result: result["model"]):

@@ -64,7 +64,7 @@ def corpus_files(corpora: list[str]) -> Files:
 
 def hub_texts(corpus: str, config: str, names: list[str]) -> list[str]:
     """The training files among the `names` of a hub data set: those in folder `config`, in which "/" may be written "-"
-    as in fineweb's sample-10BT, or in the only folder. If some of them are called train, these."""
+    as in fineweb's sample-10BT, or in the only folder. Files called train are preferred."""
     texts = sorted(name for name in names if name.endswith(SUFFIXES) and not OTHER_SPLIT.search(name))
     train = list(filter(TRAINING_FILE.search, texts))
     if not config and len(folders := {os.path.dirname(name) for name in train or texts}) == 1:
@@ -223,7 +223,7 @@ def tokenise(corpora: list[str], tokenizer: Tokenizer, cache: Path, columns: Seq
         raise InputError(f"tokenising into {cache} failed: {one_line(error)}") from None
     meta = read_json(folder / "meta.json")
     if meta["replaced"]:
-        print(f"corpus: U+FFFD characters, the sign of text that is not UTF-8: {meta['replaced']}", file=sys.stderr)
+        print(f"corpus: characters read as U+FFFD because the text is not UTF-8: {meta['replaced']}", file=sys.stderr)
     return Tokens(*(np.memmap(folder / f"{side}.bin", meta["dtype"], "r") for side in ("train", "heldout")), key)
 
 

@@ -53,7 +53,8 @@ def evaluate(distiller, teacher: Bert, heldout: MaskedRows, count: int, micro_ba
 
 @torch.no_grad()
 def milliseconds_per_row(models: list[Bert], rows: MaskedRows, device, autocast) -> list[float]:
-    """Forward time per row in a batch of at most 16: median of 7 after a warm-up, the models in alternation."""
+    """Time of the encoder's forward pass per row, in a batch of at most 16: median of 7 after a warm-up, the models in
+    alternation."""
     batch = rows.batch(np.arange(min(16, len(rows))), seed=0, step=0).to(device)
 
     def milliseconds(bert: Bert) -> float:
@@ -94,7 +95,7 @@ def end_table(teacher: Bert, student: Bert, result: dict, milliseconds: list[flo
 
     if "kl" in result:
         rows["held-out masked-LM loss"] = value("teacher_masked_lm_loss"), value("masked_lm_loss")
-        rows["difference to the teacher"] = "0", value("masked_lm_loss_difference", "+.3f").replace("± +", "± ")
+        rows["difference from the teacher"] = "0", value("masked_lm_loss_difference", "+.3f").replace("± +", "± ")
         rows["held-out top-1 accuracy"] = value("teacher_top1", ".1%"), value("top1", ".1%")
         rows["KL to the teacher, nats"] = "0", value("kl")
     rows["hidden states, MSE"] = "0", value("hidden_mse", ".4f")

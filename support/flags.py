@@ -44,10 +44,11 @@ class Flag(NamedTuple):
 COUNT, NONNEGATIVE, FRACTION = number(int, 1, 10**9), number(float, 0, 1e9), number(float, 0, 1)
 WIKIPEDIA = "hub:wikimedia/wikipedia:20231101.en"
 DATA_FLAGS = (
-    Flag("--teacher", None, str, "Folder or hub name of the BERT to distil. Without it, the bundled teacher is "
-         "distilled with --preset demo."),
-    Flag("--corpus", [WIKIPEDIA], list, "Training text: .txt, .jsonl or .json with one object per line, the same as "
-         ".gz, .parquet, folders of these, hub:OWNER/NAME:CONFIG, or demo, the documentation that comes with Python."),
+    Flag("--teacher", None, str, "Folder or name on the Hugging Face Hub of the BERT to distil. Default: that of the "
+         "preset; without either, the bundled teacher with --preset demo."),
+    Flag("--corpus", [WIKIPEDIA], list, "Training text: .txt, .jsonl or .json with one object per line (all of "
+         "these also as .gz), .parquet, folders of these, hub:OWNER/NAME:CONFIG, or demo, the documentation that comes "
+         "with Python."),
     Flag("--text-column", ["text"], list, "Columns of .parquet and fields of .jsonl that hold the text. The "
          "texts of several columns are joined, one per line, into one document."),
     Flag("--corpus-tokens", None, number(int, 1, 10**15), "Training tokens after which the rest of the corpus is not "
@@ -57,7 +58,8 @@ DATA_FLAGS = (
     Flag("--cache-dir", str(Path.home() / ".cache" / "homotopic-distillation"), str, "Folder for tokenised text."),
 )
 RUN_FLAGS = (
-    Flag("--output", None, Path, "Run folder for run.json, log.jsonl and student/. Default: runs/TEACHER-D."),
+    Flag("--output", None, Path, "Run folder for run.json, log.jsonl and student/. Default: runs/TEACHER-D, "
+         "or runs/demo with --preset demo."),
     Flag("--keep-space", False, bool, "For sentence encoders: add a Dense layer, fitted by least squares on training "
          "text, that maps the student's vectors into the teacher's vector space, so that they can be searched in an "
          "index built with the teacher. Without it, sentence vectors have --target-width dimensions, unless the "
@@ -68,7 +70,7 @@ RUN_FLAGS = (
     Flag("--micro-batch-size", None, COUNT, "Rows that a process computes at a time. Fewer rows need less memory. They "
          "may draw other dropout and noise; otherwise they change the result by rounding only. Default: what fits "
          "into the GPU's free memory; at most 64 on a CPU."),
-    Flag("--seed", 0, number(int, 0, 2**32 - 1), "Seed of row order, masks and dropout."),
+    Flag("--seed", 0, number(int, 0, 2**32 - 1), "Seed of everything random: row order, masks, dropout, noise."),
     Flag("--device", "auto", str, "cpu, cuda or cuda:N. auto uses a GPU if there is one."),
     Flag("--precision", "auto", ("auto", "fp32", "bf16"), "Precision of matmuls. auto is bf16 on GPUs "
          "and CPUs that multiply it natively and faster than fp32, else fp32."),

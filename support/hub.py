@@ -1,4 +1,4 @@
-"""Models and data sets from the hub."""
+"""Models and data sets from the Hugging Face Hub."""
 
 import collections
 import contextlib
@@ -21,7 +21,7 @@ class HubFile(NamedTuple):
     name: str
 
     def download(self) -> Path:
-        """The file in the hub's cache. Raises OSError: what was done before the download failed need not be lost."""
+        """The file in the hub's cache. Raises OSError, not InputError, so that `tokenise` keeps what is done so far."""
         from huggingface_hub import hf_hub_download
 
         try:
@@ -74,9 +74,9 @@ def hub_files(name: str, kind: str, wanted: Callable[[list[str]], list[str]], do
         return snapshot([sibling.rfilename for sibling in info.siblings], local=False)
     except InputError:
         raise
-    except Exception as error:  # the hub's client raises its transport's own exceptions: all mean "not to be had"
+    except Exception as error:  # the hub's client raises its transport's own exceptions: all mean "unavailable"
         with not_cached:  # another program may have put all that is needed into the cache, without the names
-            # Without patterns the library would miss the files that we never ask for
+            # [], because without patterns the library would demand files that we never ask for
             folder = Path(snapshot_download(name, repo_type=kind, allow_patterns=[], local_files_only=True))
             files = wanted([str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()])
             # (name, count) -> how many

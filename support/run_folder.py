@@ -70,7 +70,9 @@ def record_hash(record: dict) -> str:
 
 
 def read_record(output: Path) -> dict:
-    """The contents of run.json. Raises InputError if a bad disk has changed it, or there is none."""
+    """The contents of run.json. Raises InputError if it is missing or its checksum is wrong."""
+    if not (output / "run.json").exists():
+        raise InputError(f"--output {output} holds no run")
     record = read_json(output / "run.json")
     if record.pop("checksum", None) != record_hash(record):
         raise InputError(f"{output / 'run.json'} is damaged (wrong checksum); start again with --overwrite")

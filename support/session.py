@@ -1,11 +1,12 @@
 """What surrounds the training loop of distill.py: teacher, text and device, micro-batches, the log, evaluations,
-checkpoints and signals. Of these the loop needs `micro_batches`; the rest can be skipped when reading the method."""
+checkpoints and signals. The method itself needs `micro_batches` only; the rest can be skipped when reading it."""
 
 import contextlib
 import datetime
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import time
@@ -47,7 +48,7 @@ def graceful_stop():
 
 
 class Session:
-    """The inputs of a run, checked before anything is written, and everything the loop calls that is not the method.
+    """The inputs of a run, checked before its folder is written, and everything the loop calls that is not the method.
 
     teacher is a Bert in evaluation mode, rows and heldout are MaskedRows. The loop runs inside `with running(state)`.
     Raises InputError for anything wrong with flags or files.
@@ -65,7 +66,7 @@ class Session:
         folder = self.teacher_folder = find_model(args.teacher)
         self.teacher = checkpoint.load_model(folder).to(self.device).eval().requires_grad_(False)
         config = self.teacher.config
-        self.encoder = SentenceEncoder.read(folder, config)  # None if the teacher is no sentence encoder
+        self.encoder = SentenceEncoder.read(folder, config)  # None if the teacher is not one
         if args.keep_space and self.encoder is None:
             raise InputError(f"--keep-space needs a sentence encoder, but {args.teacher} has no modules.json")
         if args.target_width is None:
@@ -180,8 +181,8 @@ class Session:
 
     def student_encoder(self, state) -> SentenceEncoder | None:
         """The teacher's modules for the student. --keep-space adds a Dense, fitted on training text. Without it, the
-        teacher's own Dense reads the student's states through the projection of the last layer, H_t ~= H_s W_hidn; if
-        the student has not learned yet, this is to slice it with the hidden group."""
+        teacher's own Dense reads the student's states through the projection of the last layer, H_t ~= H_s W_hidn; for
+        a student that has not learned yet, this slices it like the hidden group."""
         if self.args.keep_space:
             sentences = sentences_of(self.rows, FIT_SENTENCES, self.tokenizer)
             print(f"fitting the student's vectors to the teacher's on {len(sentences):,} sentences")
@@ -230,7 +231,7 @@ class Session:
         if received:
             self.save(state)
             raise Interrupted(f"interrupted after step {state.step}, which is saved; to resume: python distill.py "
-                              f"--resume --output {self.args.output}", 128 + received)
+                              f"--resume --output {shlex.quote(str(self.args.output))}", 128 + received)
 
     @contextlib.contextmanager
     def logged_prune(self, state):
@@ -294,7 +295,7 @@ class Session:
         self.progress.write(f"step {state.step:>6}  {shape}  {values}")
 
     def save(self, state):
-        """Write a checkpoint: the state, and what a resumed run needs to log the same."""
+        """Write a checkpoint: the state, and the length of the log, which a resumed run continues from there."""
         if RANK == 0:
             log = self.args.output / "log.jsonl"
             fsync(log)
@@ -304,7 +305,7 @@ class Session:
                 "log_bytes": log.stat().st_size})
 
     def restore(self, state):
-        """Bring a new state to where the checkpoint was saved: prune, then load weights, moments and statistics."""
+        """Load the checkpoint into a new state: prune, then load weights, moments and statistics."""
         saved = self.saved
         state.step, state.shape = saved["step"], prune.Shape(**saved["shape"])
         state.lineage, state.statistics = saved["lineage"], saved["statistics"]

@@ -276,7 +276,7 @@ def test_a_resumed_run_may_have_another_micro_batch_size(runs, tmp_path):
 
 def test_resume_needs_an_unfinished_run_of_this_version(runs, tmp_path, capsys, monkeypatch):
     assert distill.main(["--resume"]) == 2 and "needs the folder of the run" in capsys.readouterr().err
-    assert resume(tmp_path / "nothing") == 2 and "run.json cannot be read" in capsys.readouterr().err
+    assert resume(tmp_path / "nothing") == 2 and "nothing holds no run" in capsys.readouterr().err
     assert not (tmp_path / "nothing").exists()
     shutil.copytree(runs.undisturbed(), tmp_path / "run")
     monkeypatch.setattr(Session, "__init__", lambda *_: pytest.fail("a finished run was resumed"))
@@ -340,15 +340,15 @@ def test_a_signal_stops_before_the_next_micro_batch_and_saves_the_last_finished_
 
     with monkeypatch.context() as patch:
         patch.setattr(MaskedRows, "training_batch", signalled)
-        assert runs.distill(tmp_path / "run", "--micro-batch-size", 4) == 128 + number
+        assert runs.distill(tmp_path / "my run", "--micro-batch-size", 4) == 128 + number
     assert batches == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5]
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "interrupted after step 5, which is saved" in error
-    assert f"to resume: python distill.py --resume --output {tmp_path / 'run'}\n" in error
-    assert not (tmp_path / "run" / "student").exists()
-    assert [path.name[:12] for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-0000005"]
-    assert resume(tmp_path / "run") == 0
-    assert_same_end(tmp_path / "run", runs.undisturbed("--micro-batch-size", 4))
+    assert f"to resume: python distill.py --resume --output '{tmp_path / 'my run'}'\n" in error
+    assert not (tmp_path / "my run" / "student").exists()
+    assert [path.name[:12] for path in (tmp_path / "my run" / "checkpoints").iterdir()] == ["step-0000005"]
+    assert resume(tmp_path / "my run") == 0
+    assert_same_end(tmp_path / "my run", runs.undisturbed("--micro-batch-size", 4))
 
 
 def test_a_second_signal_ends_the_process_at_once():
