@@ -50,7 +50,7 @@ METHOD_FLAGS = (
     Flag("--preset", [], list, f"Named settings, one or more of {', '.join(PRESETS)}. Explicit flags override them. "
          "homobert-*: the paper's students. compensated: our extensions, with everything pruned at "
          "once at a thirtieth of the run. imitation: the same without the masked-LM loss, closest to the "
-         "teacher. demo: minutes on a CPU, no network."),
+         "teacher. demo: minutes on a CPU, no network (300 steps of 16 rows, learning rate 2e-3)."),
     Flag("--target-width", None, int, "Hidden size D of the student. Default: half of the teacher's."),
     Flag("--target-intermediate", None, int, "Feed-forward size F of the student. Default: in proportion to D."),
     Flag("--target-heads", None, int, "Attention heads H of the student. Default: the largest number, from the "
