@@ -7,7 +7,6 @@ text in every step. The held-out rows, on which results are reported, choose not
 
 import json
 import statistics
-from pathlib import Path
 
 import experiment
 
@@ -36,16 +35,8 @@ def finetuned(model, data: str) -> dict:
     return {"stsb": [result["metrics"]["spearman"] for result in results if result["model"] == str(model)]}
 
 
-def teacher_row(corpus: str, teacher: str, data: str) -> dict:
-    """What is known of a student, of its teacher."""
-    origin = experiment.origin(corpus, Path(teacher))
-    return {"run": "teacher", "arm": "teacher", "commit": experiment.program_commit(),
-            "machine": experiment.machine(), **origin, **finetuned(teacher, data)}
-
-
 def measure(args) -> dict:
     where = {"corpus": args.corpus, "teacher": args.teacher}
-    saved = experiment.saved_rows(args.corpus, Path(args.teacher))
     searches = {f"{arm}, {rate:g}": flags | SEARCH | {"learning_rate": rate}
                 for arm, flags in ARMS.items() for rate in RATES}
     search = experiment.compare(searches, [0], **where, more=training_kl)
@@ -53,8 +44,7 @@ def measure(args) -> dict:
     best = {arm: min(RATES, key=lambda rate, arm=arm: kl[f"{arm}, {rate:g}"]) for arm in ARMS}
     arms = {arm: flags | {"eval_every": 250, "learning_rate": best[arm]} for arm, flags in ARMS.items()}
     rows = experiment.compare(arms, args.seeds, **where, more=lambda run: finetuned(run / "student", args.data))
-    teacher = saved.get("teacher") or teacher_row(**where, data=args.data)
-    return {"finetuning": FINETUNE, "rows": rows, "other_rows": [*search, teacher]}
+    return {"finetuning": FINETUNE, "rows": rows, "other_rows": search}
 
 
 def draw(result: dict):
