@@ -49,8 +49,8 @@ def measure(args) -> dict:
 
 def draw(result: dict):
     figure, axes = experiment.panels(
-        "Both our presets and leaving out the masked-LM loss make better students",
-        "6 x 384 → 192, 1,000 steps of 8 x 128 tokens of Wikipedia; "
+        "Without the masked-LM loss, students are better by all three measures",
+        "6 × 384 → 192, 1,000 steps of 8 x 128 tokens of Wikipedia; "
         + experiment.over_seeds(result["rows"], "standard deviation"), 3, 3, sharey=True)
     for axis, key in zip(axes, ("kl", "masked_lm_loss"), strict=False):
         experiment.plot_dots(axis, result["rows"], lambda row, key=key: row[key][-1], experiment.LABELS[key])
