@@ -109,9 +109,9 @@ def mean_mse(student: list[torch.Tensor], teacher: list[torch.Tensor]):
 
 
 def ranking_loss(student: Output, labels):
-    """Its gradient ranks the units while all distillation losses are zero [ours]. It is L_MLM or, without a head, the
-    squared distance of the last output to itself plus noise, whose gradient is that of a Gaussian likelihood at a
-    sampled target, as in the Fisher information."""
+    """A loss whose gradient ranks the units while all distillation losses are zero [ours]: L_MLM or, without a head,
+    the squared distance of the last output to itself plus noise. The latter's gradient is that of a Gaussian likelihood
+    at a sampled target, as in the Fisher information."""
     if student.logits is not None:
         return F.cross_entropy(student.logits.float(), labels)
     output = student.hidden[-1].float()  # (B,S,D)
@@ -191,7 +191,8 @@ class TrainingState:
 
 
 def initial_state(args: argparse.Namespace, session: Session) -> TrainingState:
-    """The student as a copy of the teacher, as --init has it, or as a checkpoint has it. Raises InputError."""
+    """The student: a copy of the teacher, what --init asks for, or what the checkpoint to resume from holds. Raises
+    InputError."""
     alphas = {name: getattr(args, f"alpha_{name}") for name in ("mlm", "pred", "hidn", "emb", "attn", "pool")}
     if session.teacher.cls is None:
         print(f"{args.teacher} has no masked-LM head, so the student gets none: L_MLM, L_pred and masks are off")
@@ -278,7 +279,7 @@ def distill(args: argparse.Namespace, session: Session, state: TrainingState):
 
         # 3. Clip the gradients; AdamW.
         gradient_norm = nn.utils.clip_grad_norm_(distiller.parameters(), args.clip or float("inf"))
-        *values, gradient_norm = torch.stack([*losses.values(), gradient_norm]).tolist()  # the wait for the GPU
+        *values, gradient_norm = torch.stack([*losses.values(), gradient_norm]).tolist()  # waits for the GPU
         losses = distributed.all_reduce_sum(dict(zip(losses, values, strict=True)))
         session.check_finite(state, losses, gradient_norm)
         rate = learning_rate(state.step, args.steps, args.learning_rate, args.warmup)
@@ -330,7 +331,8 @@ def run(args: argparse.Namespace):
 
 def main(argv: list[str] | None = None) -> int:
     return run_program("distill.py", lambda: run(parse_arguments(argv)),
-                       resume_hint="to continue, use --resume --output FOLDER, or the same command if it holds no run",
+                       resume_hint="to continue, use --resume --output FOLDER, or rerun the command if FOLDER holds no "
+                                   "run",
                        memory_hint="use a smaller --micro-batch-size")
 
 

@@ -3,8 +3,8 @@
 The four parts are, in order: which weights are pruned together, how important each unit is, how many units the
 schedule keeps, and the pruning itself. Shape letters as in model.py.
 
-A *unit* is one neuron: a hidden dimension, a feed-forward neuron, or a dimension of a head. A *group* is a set of units
-that are ranked together; every axis of a weight that belongs to it is sliced by the same indices. Groups have keys:
+A *unit* is one neuron: a hidden dimension, a feed-forward neuron, or a dimension of a head. A *group* is a set of
+units. All axes of weights that belong to it are sliced by the same indices. The groups, by key:
     hidden             D units; one group for the whole model, because of the residual stream
     feed_forward.l     F units of layer l
     query_key.l        H*K units of layer l, ordered by head: rows of W_q and of W_k

@@ -96,7 +96,7 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def synchronized_time(device: torch.device) -> float:
-    """Seconds on a clock, which is read when the GPU has finished its work."""
+    """The time in seconds, read after the GPU has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -111,7 +111,7 @@ def init_distributed(device: torch.device, timeout: datetime.timedelta = datetim
 
 
 def rank_slice(rows: int) -> tuple[int, int]:
-    """First and last (exclusive) of `rows` rows that this process takes."""
+    """First and last (exclusive) of the rows that this process takes, out of `rows`."""
     return rows * RANK // WORLD, rows * (RANK + 1) // WORLD
 
 
