@@ -124,12 +124,12 @@ def load_rows(corpora: list[str], tokenizer: Tokenizer, cache_dir: Path, seq_len
 
     columns: those of a record that hold its text. limit: training tokens after which the rest is not read. masked: True
     for MaskedRows, False for UnmaskedRows. The corpora are tokenised into `cache_dir`, or found there. Raises
-    InputError if a corpus cannot be read or the held-out part is shorter than one row.
+    InputError if a corpus cannot be read or the held-out part is shorter than two rows.
     """
     tokens = tokenise(corpora, tokenizer, cache_dir, columns, limit)
     kind = MaskedRows if masked else UnmaskedRows
     train, heldout = (kind(part, seq_length, tokenizer) for part in (tokens.train, tokens.heldout))
-    if not len(heldout):
-        raise InputError(f"the held-out part of the corpus is shorter than one row of {seq_length} tokens: use more "
+    if len(heldout) < 2:  # one row has no standard error
+        raise InputError(f"the held-out part of the corpus is shorter than two rows of {seq_length} tokens: use more "
                          "text or a smaller --seq-length")
     return train, heldout, tokens.key

@@ -47,7 +47,7 @@ def evaluate(distiller, teacher: Bert, heldout: MaskedRows, count: int, micro_ba
     for name in gathered[-1]:  # a process without rows has no names; the last one has rows
         values = np.concatenate([each.get(name, []) for each in gathered])
         result[name] = float(values.mean())
-        result[f"{name}_se"] = float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("inf")
+        result[f"{name}_se"] = float(values.std(ddof=1) / len(values) ** 0.5)
     return result
 
 

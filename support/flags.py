@@ -69,7 +69,7 @@ RUN_FLAGS = (
     Flag("--save-minutes", 15.0, NONNEGATIVE, "Minutes between checkpoints."),
     Flag("--micro-batch-size", None, COUNT, "Rows that a process computes at a time. Fewer rows need less memory. They "
          "may draw other dropout and noise; otherwise they change the result by rounding only. Default: what fits "
-         "into the GPU's free memory; at most 64 on a CPU."),
+         "into half of the GPU's free memory, or with --deterministic of all its memory; at most 64 on a CPU."),
     Flag("--seed", 0, number(int, 0, 2**32 - 1), "Seed of everything random: row order, masks, dropout, noise."),
     Flag("--device", "auto", str, "cpu, cuda or cuda:N. auto uses a GPU if there is one."),
     Flag("--precision", "auto", ("auto", "fp32", "bf16"), "Precision of matmuls. auto is bf16 on GPUs "
@@ -79,7 +79,7 @@ RUN_FLAGS = (
 )
 EVALUATION_FLAGS = (
     Flag("--eval-every", None, COUNT, "Steps between evaluations on held-out text. Default: a tenth of the run."),
-    Flag("--eval-rows", 1024, COUNT, "Held-out rows per evaluation, or all if there are fewer."),
+    Flag("--eval-rows", 1024, number(int, 2, 10**9), "Held-out rows per evaluation, or all if there are fewer."),
     Flag("--eval-prunes", False, bool, "Also evaluate right before and after every prune; written to log.jsonl."),
     Flag("--log-every", 10, COUNT, "Steps between lines in log.jsonl."),
 )

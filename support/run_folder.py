@@ -97,7 +97,7 @@ def save_checkpoint(folder: Path, values: dict):
     content = io.BytesIO()
     torch.save(values, content)
     content = content.getbuffer()
-    write_atomically(folder / f"step-{values['step']:07d}-{content_hash(content)}.pt", content)
+    write_atomically(folder / f"step-{values['step']:010d}-{content_hash(content)}.pt", content)
     kept = sorted(folder.glob("step-*.pt"))[-CHECKPOINTS_KEPT:]
     for old in folder.iterdir():
         if old not in kept:

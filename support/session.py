@@ -110,15 +110,17 @@ class Session:
             args.micro_batch_size = self.default_micro_batch_size()
 
     def default_micro_batch_size(self) -> int:
-        """What fits: a training step needs about 20 D + 4 F + 2 S floats for every layer of a token, and 8 V for every
-        masked position; half of the free memory is left."""
+        """What fits into half of the free memory or, with --deterministic, of all memory, which does not vary. A
+        training step needs about 20 D + 4 F + 2 S floats for every layer of a token, and 8 V for every masked position.
+        """
         args, config = self.args, self.teacher.config
         if self.device.type == "cpu":
             return min(CPU_MICRO_BATCH, -(-args.batch_size // WORLD))
         layer = 20 * config.hidden_size + 4 * config.intermediate_size + 2 * args.seq_length
         token = config.num_hidden_layers * layer + 8 * data.MASKED_FRACTION * config.vocab_size  # floats
-        free = min(distributed.all_gather_objects(torch.cuda.mem_get_info(self.device)[0]))  # bytes
-        return max(1, int(free / 2 / (4 * token * args.seq_length)))
+        free, total = torch.cuda.mem_get_info(self.device)  # bytes
+        memory = min(distributed.all_gather_objects(total if args.deterministic else free))
+        return max(1, int(memory / 2 / (4 * token * args.seq_length)))
 
     def autocast(self):
         return distributed.autocast(self.device, self.args.precision == "bf16")

@@ -556,7 +556,7 @@ def test_load_rows_returns_the_rows_of_both_parts_and_the_hash_of_the_tokens(tmp
         assert len(rows.batch(np.array([0]), 0, 0).labels) == 0
 
 
-def test_heldout_part_shorter_than_a_row_is_refused(tmp_path, tokenizer, refused):
-    (tmp_path / "x.txt").write_text("the king\n\n" + "the queen " * 100)
+def test_heldout_part_shorter_than_two_rows_is_refused(tmp_path, tokenizer, refused):
+    (tmp_path / "x.txt").write_text("the king " * 13 + "\n\n" + "the queen " * 100)
     with refused("held-out part", "16 tokens", "--seq-length"):
         load_rows([str(tmp_path / "x.txt")], tokenizer, tmp_path / "cache", 16)

@@ -616,7 +616,7 @@ def test_log_jsonl_has_every_training_line_evaluation_and_prune(run):
 
 
 def test_a_run_is_evaluated_at_the_start_and_after_every_tenth_of_it_by_default(run):
-    code, output = run("--steps", 25, "--eval-rows", 1)
+    code, output = run("--steps", 25, "--eval-rows", 2)
     assert code == 0 and [line["step"] for line in read_log(output, "eval")] == [*range(0, 25, 2), 25]
 
 
@@ -633,7 +633,7 @@ def test_eval_prunes_evaluates_right_before_and_after_every_prune(run):
 def test_eval_rows_of_a_run_on_two_corpora(run, folder, tmp_path):
     (tmp_path / "more.jsonl").write_text("".join(json.dumps({"text": "abc deaf " * 40}) + "\n" for _ in range(60)))
     losses = []
-    for rows in (1, 4):
+    for rows in (2, 4):
         code, output = run("--corpus", folder / "text.txt", tmp_path / "more.jsonl", "--eval-rows", rows, "--overwrite",
                            "--steps", 1)
         assert code == 0
@@ -696,6 +696,7 @@ BAD_FLAGS = {
     ("--steps", "1.5"): "invalid int value",
     ("--seq-length", "33"): "--seq-length 33 exceeds the teacher's 32",
     ("--seq-length", "2"): "from 8",
+    ("--eval-rows", "1"): "from 2",
     ("--prune-start", "0.9"): "is after --prune-end",
     ("--prune-end", "1"): "from 0 to 0.9",
     ("--learning-rate", "nan"): "nan is not from 0",
@@ -842,7 +843,7 @@ def test_a_long_first_document_is_reported_because_all_of_it_is_held_out(run, tm
 def test_the_demo_runs_on_given_text(folder, tmp_path, capsys):
     assert distill.main(["--corpus", str(folder / "text.txt"), "--cache-dir", str(tmp_path), "--output",
                          str(tmp_path / "run"), "--steps", "1", "--batch-size", "2", "--seq-length", "16",
-                         "--eval-rows", "1", "--device", "cpu"]) == 0
+                         "--eval-rows", "2", "--device", "cpu"]) == 0
     assert "settings: preset demo and the flags given; learning rate " in capsys.readouterr().out
     teacher, student = (json.loads((path / "config.json").read_text())["hidden_size"]
                         for path in (Path(distill.PRESETS["demo"]["teacher"]), tmp_path / "run" / "student"))

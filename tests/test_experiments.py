@@ -197,7 +197,7 @@ def test_an_arm_gets_the_learning_rate_with_the_lowest_kl_at_the_end_of_its_trai
 def test_the_origin_of_a_run_is_that_in_its_record(tmp_path):
     (tmp_path / "text.txt").write_text("\n\n".join("the quick brown fox " * 100 for _ in range(20)))
     flags = ["--corpus", str(tmp_path / "text.txt"), "--output", str(tmp_path / "run"), "--cache-dir", str(tmp_path),
-             "--steps", "1", "--batch-size", "1", "--eval-rows", "1", "--device", "cpu"]
+             "--steps", "1", "--batch-size", "1", "--eval-rows", "2", "--device", "cpu"]
     assert distill.main(flags) == 0
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     origin = experiment.origin(str(tmp_path / "text.txt"), experiment.BUNDLED)

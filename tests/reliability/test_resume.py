@@ -63,7 +63,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_older_checkpoints(runs, tmp_pa
     write = Path.write_bytes
 
     def full(path, content):
-        if list((tmp_path / "run" / "checkpoints").glob("step-0000004*")):
+        if list((tmp_path / "run" / "checkpoints").glob("step-0000000004*")):
             raise OSError(28, "No space left on device", str(path))
         return write(path, content)
 
@@ -73,7 +73,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_older_checkpoints(runs, tmp_pa
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "No space left on device" in error
     names = {path.name[:12] for path in (tmp_path / "run" / "checkpoints").iterdir()}
-    assert names == {"step-0000003", "step-0000004"}
+    assert names == {"step-0000000003", "step-0000000004"}
     assert resume(tmp_path / "run") == 0
     assert_same_end(tmp_path / "run", runs.undisturbed())
 
@@ -86,5 +86,5 @@ def test_damage_to_a_checkpoint_is_always_noticed(runs, tmp_path, capsys):
         path.write_bytes(damaged)
         assert resume(tmp_path / "run") == 2
         out, error = capsys.readouterr()
-        assert "step-0000003" in out and "damaged" in out
+        assert "step-0000000003" in out and "damaged" in out
         assert error.count("\n") == 1 and "no checkpoint" in error and "--overwrite" in error
