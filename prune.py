@@ -167,9 +167,9 @@ def scheduled_shape(step: float, start: float, end: float, teacher: Shape, targe
     """The shape after `step` steps of the schedule, which is cubic if power is 3 (HomoDistil, section 3.2).
 
     Every width is r(t) = r_f + (1 - r_f) fraction_to_prune(t) times the teacher's; r_f gives the target's. What is
-    pruned is rounded to a multiple of `granularity` hidden dimensions, 4 times as many feed-forward neurons, a quarter
-    as many dimensions of a head, or is all of it if that is less. Whole heads are pruned first, as long as the other
-    heads can hold the width H*K.
+    pruned is rounded to a multiple of `granularity` hidden dimensions, 4 times as many feed-forward neurons, as many
+    dimensions of each head (attention kernels want K to be a multiple of 8), or is all of it if that is less. Whole
+    heads are pruned first, as long as the other heads can hold the width H*K.
     """
     fraction = fraction_to_prune(step, start, end, power)
     if fraction == 0:
@@ -186,7 +186,7 @@ def scheduled_shape(step: float, start: float, end: float, teacher: Shape, targe
     intermediate = lerp(teacher.intermediate_size, target.intermediate_size)
     inner = lerp(teacher.num_heads * teacher.head_size, target.num_heads * target.head_size)
     heads = max(target.num_heads, math.ceil(inner / teacher.head_size))
-    head_size = round_to_multiple(inner / heads, granularity // 4, teacher.head_size, target.head_size)
+    head_size = round_to_multiple(inner / heads, granularity, teacher.head_size, target.head_size)
     return Shape(round_to_multiple(hidden, granularity, teacher.hidden_size, target.hidden_size),
                  round_to_multiple(intermediate, 4 * granularity, teacher.intermediate_size, target.intermediate_size),
                  heads, head_size if heads == target.num_heads else teacher.head_size)

@@ -34,7 +34,7 @@ MUTANTS = [
      "closed_form or schedule"),
     ("prune.py", "    if fraction == 0:\n", "    if fraction in (0, 1):\n", "prune", "schedule"),
     ("prune.py", "math.ceil(inner / teacher.head_size)", "math.floor(inner / teacher.head_size)", "prune", "whole_heads"),
-    ("prune.py", "granularity // 4", "granularity", "prune", "schedule"),
+    ("prune.py", "heads, granularity, teacher", "heads, granularity // 4, teacher", "prune", "schedule"),
     ("prune.py", "min(multiple, full - final)", "multiple", "prune", "granularity"),
     ("prune.py", "full - round((full - size) / multiple)", "round(size / multiple)", "prune", "granularity"),
     ("distill.py", "round(warmup * steps)", "warmup * steps", "distill", "learning_rate"),
