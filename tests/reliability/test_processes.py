@@ -59,7 +59,7 @@ def test_a_signal_ends_in_one_line_that_says_how_to_resume(runs, tmp_path, numbe
     assert process.returncode == 128 + number and error.count("\n") == 1
     message = re.search(r"interrupted after step (\d+), which is saved; to resume: python distill.py --resume", error)
     saved = list((tmp_path / "run" / "checkpoints").iterdir())
-    assert [path.name[:12] for path in saved] == [f"step-{int(message[1]):07d}"]
+    assert [path.name[:15] for path in saved] == [f"step-{int(message[1]):010d}"]
     assert load_newest(saved[0].parent)["step"] == int(message[1])
     assert not (tmp_path / "run" / "student").exists()
 

@@ -72,7 +72,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_older_checkpoints(runs, tmp_pa
         assert runs.distill(tmp_path / "run", "--save-minutes", 0) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "No space left on device" in error
-    names = {path.name[:12] for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    names = {path.name[:15] for path in (tmp_path / "run" / "checkpoints").iterdir()}
     assert names == {"step-0000000003", "step-0000000004"}
     assert resume(tmp_path / "run") == 0
     assert_same_end(tmp_path / "run", runs.undisturbed())
