@@ -131,6 +131,9 @@ MUTANTS = [
     ("support/hub.py", "            raise OSError(f\"the hub", "            raise InputError(f\"the hub", "hub", "needed_files"),
     ("support/hub.py", "patterns = files if download else []", "patterns = files", "hub", "needed_files"),
     ("support/hub.py", "patterns = files if download else []", "patterns = []", "hub_reliability", "downloaded_once"),
+    ("support/session.py", "total if args.deterministic else free", "free", "session", "micro_batch_size"),
+    ("support/flags.py", "number(int, 2, 10**9)", "COUNT", "distill", "bad_flags"),
+    ("data.py", "if len(heldout) < 2:", "if not len(heldout):", "data", "two_rows"),
     ("support/session.py", "if limit < args.batch_size * args.seq_length:", "if False:", "distill", "corpus_tokens"),
     # tokenizers
     ("support/checkpoint.py", 'settings.get(f"{role}_token", token)', "token", "checkpoint", "xlmr"),
