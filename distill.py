@@ -74,7 +74,7 @@ METHOD_FLAGS = (
     Flag("--prune-end", 0.7, number(float, 0, 0.9), "Fraction of the run at which the target shape is reached, t_f "
          "(our choice). The rest is for recovery. Equal to --prune-start: all is pruned at once."),
     Flag("--prune-power", 3.0, number(float, 0.1, 100), "Exponent of the schedule. 3 is cubic, 1 is linear."),
-    Flag("--granularity", 8, COUNT, "Hidden dimensions pruned at a time, and dimensions of each head; 4 times as many "
+    Flag("--granularity", 8, COUNT, "Hidden dimensions, and dimensions of each head, pruned at a time; 4 times as many "
          "feed-forward neurons (our choice)."),
     Flag("--importance", "sensitivity", ("sensitivity", "platon", "magnitude", "random"), "Pruning criterion."),
     Flag("--sensitivity-decay", 0.9, number(float, 0, 0.9999), "Decay of the sensitivities' moving average per step "

@@ -5,12 +5,11 @@ Everything is pruned at once, as in our presets. Beside it the paper's settings,
 
 import experiment
 
-ALIGNED, COMPENSATED = {"align_heads": True}, {"compensate": True}
 ARMS = {
     "gradually (paper's settings)": {},
     "at once": experiment.SINGLE,
-    "at once, aligned heads": experiment.SINGLE | ALIGNED,
-    "at once, compensated": experiment.SINGLE | COMPENSATED,
+    "at once, aligned heads": experiment.SINGLE | {"align_heads": True},
+    "at once, compensated": experiment.SINGLE | {"compensate": True},
     "at once, both": {"preset": "compensated"},
 }
 NO_MASKED_LM = {arm: flags | {"alpha_mlm": 0} for arm, flags in ARMS.items()}

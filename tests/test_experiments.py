@@ -343,8 +343,9 @@ def test_a_picture_stands_in_the_documentation_and_is_at_most_1000_pixels_wide(n
 def test_every_arm_of_an_experiment_has_valid_flags():
     from distill import parse_arguments
 
-    scripts = list(map(importlib.import_module, ("schedules", "losses", "each_extension")))
-    for flags in [*scripts[-1].NO_MASKED_LM.values(), *(flags for script in scripts for flags in script.ARMS.values())]:
+    schedules, losses, extensions = map(importlib.import_module, ("schedules", "losses", "each_extension"))
+    arms = schedules.ARMS, losses.ARMS, extensions.ARMS, extensions.NO_MASKED_LM
+    for flags in itertools.chain(*(each.values() for each in arms)):
         words = []
         for name, value in flags.items():
             words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])

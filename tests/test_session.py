@@ -30,13 +30,13 @@ class Killed(BaseException):
 
 
 class Runs:
-    """Runs of 10 steps from width 32 to 16 that prune in several steps and use dropout."""
+    """Runs of 10 steps from width 32 to 16 and head size 8 to 4 that prune both in several steps and use dropout."""
 
     def __init__(self, teacher: Path, corpus: Path, folder: Path):
         self.folder, self.finished = folder, {}
         self.flags = [
             "--teacher", str(teacher), "--corpus", str(corpus), "--cache-dir", str(folder / "cache"),
-            "--target-width", "16", "--steps", "10", "--batch-size", "6", "--seq-length", "16", "--granularity", "4",
+            "--target-width", "16", "--steps", "10", "--batch-size", "6", "--seq-length", "16", "--granularity", "2",
             "--learning-rate", "1e-3", "--device", "cpu", "--log-every", "1", "--eval-every", "2", "--eval-rows", "5",
             "--dropout", "0.1", "--precision", "fp32"]
 

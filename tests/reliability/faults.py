@@ -177,7 +177,7 @@ class Small:
         save_tokenizer(self.tokenizer, self.teacher, 64)
         self.corpus.write_text("\n\n".join(" ".join(sentences(i, 3 + i % 5)) for i in range(120)) + "\n")
         self.flags = [
-            "--target-width", "16", "--batch-size", "6", "--seq-length", "16", "--granularity", "4", "--log-every", "1",
+            "--target-width", "16", "--batch-size", "6", "--seq-length", "16", "--granularity", "2", "--log-every", "1",
             "--learning-rate", "1e-3", "--device", "cpu", "--eval-rows", "5", "--dropout", "0.1"]
         self.undisturbed = self.new()
         with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
