@@ -97,9 +97,10 @@ def vocabulary_losses(student_logits, teacher_logits, labels, temperature: float
 
     Logits (M,V), labels (M,); both losses are means over the M positions.
     """
-    masked_lm = F.cross_entropy(student_logits.float(), labels)
-    log_q = F.log_softmax(student_logits.float() / temperature, dim=-1)
-    log_p = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
+    log_q, log_p = (F.log_softmax(logits.float(), dim=-1) for logits in (student_logits, teacher_logits))
+    masked_lm = F.nll_loss(log_q, labels)
+    if temperature != 1:
+        log_q, log_p = (F.log_softmax(log_probs / temperature, dim=-1) for log_probs in (log_q, log_p))
     return masked_lm, F.kl_div(log_q, log_p, log_target=True, reduction="batchmean") * temperature**2
 
 

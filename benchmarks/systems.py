@@ -160,7 +160,8 @@ class StockBest(Ours):
 
     def convert(self, bert: Bert) -> nn.Module:
         config = StockConfig(**{k: v for k, v in vars(self.config).items() if k != "attention_head_size"})
-        config._attn_implementation = self.attention
+        slow = self.bf16 and self.device.type == "cpu" and self.attention == "sdpa"  # the fused kernel, in bf16
+        config._attn_implementation = "eager" if slow else self.attention
         stock = self.bert(config)
         tied = {"weight": bert.bert.embeddings.word_embeddings.weight, "bias": bert.cls["predictions"].bias}
         stock.load_state_dict(bert.state_dict() | {f"cls.predictions.decoder.{name}": t for name, t in tied.items()})

@@ -60,18 +60,20 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 @contextlib.contextmanager
 def autocast(device: torch.device, bf16: bool):
-    """Compute matmuls in bf16 if wanted. On a CPU attention stays in float32, in which torch computes it with its
-    gradients several times as fast (docs/performance.md)."""
+    """Compute matmuls in bf16 if wanted. On a CPU attention is then two matmuls and a softmax, because torch's fused
+    kernel is several times as slow in bf16 (docs/performance.md)."""
     attention = F.scaled_dot_product_attention
 
-    def float32_attention(query, key, value, *args, **options):
-        with torch.autocast("cpu", enabled=False):
-            return attention(query.float(), key.float(), value.float(), *args, **options).to(query.dtype)
+    def plain_attention(query, key, value, attn_mask=None, dropout_p=0.0):
+        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)  # (B,H,S,S)
+        if attn_mask is not None:
+            scores = scores.masked_fill(~attn_mask, -torch.inf)
+        return F.dropout(scores.softmax(-1), dropout_p) @ value
 
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         try:
             if bf16 and device.type == "cpu":
-                F.scaled_dot_product_attention = float32_attention
+                F.scaled_dot_product_attention = plain_attention
             yield
         finally:
             F.scaled_dot_product_attention = attention

@@ -52,15 +52,18 @@ def test_attention_of_cudnn_is_off_on_a_gpu(monkeypatch):
     assert find_device("auto") == GPU and not torch.backends.cuda.cudnn_sdp_enabled()
 
 
-def test_in_bf16_attention_stays_in_float32_on_a_cpu():
-    plain = F.scaled_dot_product_attention
+def test_attention_in_bf16_on_a_cpu_agrees_with_torch():
     q, k, v = torch.randn(3, 2, 4, 16, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
-    mask = torch.ones(16, 16).tril().bool()
-    exact = plain(q.float(), k.float(), v.float(), mask, scale=0.5).bfloat16()
-    assert not torch.equal(plain(q, k, v, mask, scale=0.5), exact)  # as it would be in bf16
+    mask = torch.arange(16).expand(2, 1, 1, 16) < torch.tensor([16, 9]).reshape(2, 1, 1, 1)  # 7 padding tokens
+    expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask)
     with autocast(CPU, bf16=True):
-        assert torch.equal(F.scaled_dot_product_attention(q, k, v, mask, scale=0.5), exact)
         assert F.linear(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.bfloat16
+        result = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        assert result.dtype == torch.bfloat16
+        torch.testing.assert_close(result.float(), expected, rtol=0, atol=0.02)
+        torch.manual_seed(0)
+        dropped = F.scaled_dot_product_attention(q, k, torch.ones_like(v), dropout_p=0.5)[..., 0]
+    assert dropped.std() > 0.2 and abs(dropped.mean() - 1) < 0.1  # without dropout all would be 1
 
 
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
