@@ -2,7 +2,7 @@
 compiled(...)`, which Session puts around the loop if `pays`, compiles them and reduces memory traffic further.
 
 Memory traffic bounds a step on a GPU. For the paper's settings on one H100 benchmarks/traffic.py predicts 5.4 hours
-instead of 9.0; nothing was measured on a GPU. Evaluations and the fits of --compensate, which put hooks into the
+instead of 8.6; nothing was measured on a GPU. Evaluations and the fits of --compensate, which put hooks into the
 layers, are not compiled. Both use the one matmul, and evaluations bf16 between layers. TORCH_COMPILE_DISABLE=1 switches
 everything off.
 """

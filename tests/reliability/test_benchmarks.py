@@ -148,7 +148,7 @@ def test_the_time_of_a_run_includes_the_prunes_of_what_is_pruned(monkeypatch):
     assert rows["ours"]["prune_share"] == pytest.approx(1 / 3)
 
 
-@pytest.mark.parametrize("name", ["base-cpu", "small-cpu"])
+@pytest.mark.parametrize("name", ["base-cpu-fp32", "base-cpu-bf16", "small-cpu-fp32", "small-cpu-bf16"])
 def test_the_tables_in_the_documentation_are_those_of_the_saved_results(name):
     result = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
     documentation = (ROOT / "docs" / "performance.md").read_text()
