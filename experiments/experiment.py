@@ -182,14 +182,15 @@ def panels(message: str, details: str, columns: int, height: float, width: float
     return figure, axes
 
 
-def plot_curves(axis, rows: list[dict]):
-    """KL over the steps, one line per arm: the mean over the seeds, with a band from the lowest to the highest."""
+def plot_curves(axis, rows: list[dict], key: str = "kl"):
+    """KL or another value over the steps, one line per arm: the mean over the seeds, with a band from the lowest to the
+    highest. Arms without the masked-LM loss are dashed."""
     for arm, group in rows_of(rows).items():
-        steps, kl = group[0]["step"], np.array([row["kl"] for row in group])  # (seeds, evaluations)
-        colour = COLOURS.get(arm, GREY)
-        axis.plot(steps, kl.mean(0), color=colour, marker="o", markersize=3)
-        axis.fill_between(steps, kl.min(0), kl.max(0), color=colour, alpha=0.2, linewidth=0)
-    axis.set(xlabel="step", ylabel=LABELS["kl"])
+        steps, values = group[0]["step"], np.array([row[key] for row in group])  # (seeds, evaluations)
+        style = {"color": COLOURS.get(arm, GREY), "linestyle": "--" if "no masked-LM" in arm else "-"}
+        axis.plot(steps, values.mean(0), marker="o", markersize=3, label=arm, **style)
+        axis.fill_between(steps, values.min(0), values.max(0), color=style["color"], alpha=0.2, linewidth=0)
+    axis.set(xlabel="step", ylabel=LABELS[key])
     axis.grid(alpha=0.25)
 
 

@@ -273,11 +273,13 @@ def test_a_result_records_its_command_without_folders_of_the_machine():
 
 
 def test_curves_and_dots_are_means_over_the_seeds():
-    rows = [{"arm": "a", "seed": seed, "step": [0, 1, 2], "kl": [0, 1 + seed, 2 + seed]}
-            for seed in (0, 1)]
+    rows = [{"arm": "a, no masked-LM", "seed": seed, "step": [0, 1, 2], "kl": [0, 1 + seed, 2 + seed],
+             "masked_lm_loss": [3, 4, 5]} for seed in (0, 1)]
     figure, (left, right) = experiment.panels("message", "details", 2, 3)
     experiment.plot_curves(left, rows)
-    assert left.lines[0].get_xydata().tolist() == [[0, 0], [1, 1.5], [2, 2.5]]
+    assert left.lines[0].get_xydata().tolist() == [[0, 0], [1, 1.5], [2, 2.5]] and left.lines[0].get_linestyle() == "--"
+    experiment.plot_curves(left, rows, "masked_lm_loss")
+    assert left.lines[1].get_ydata().tolist() == [3, 4, 5] and left.get_ylabel() == experiment.LABELS["masked_lm_loss"]
     experiment.plot_dots(right, rows, lambda row: row["kl"][-1], "KL")
     assert right.lines[0].get_xydata().tolist() == [[2.5, 0]] and right.texts[0].get_text() == "2.50"
     experiment.plt.close(figure)
@@ -343,8 +345,9 @@ def test_a_picture_stands_in_the_documentation_and_is_at_most_1000_pixels_wide(n
 def test_every_arm_of_an_experiment_has_valid_flags():
     from distill import parse_arguments
 
-    schedules, losses, extensions = map(importlib.import_module, ("schedules", "losses", "each_extension"))
-    arms = schedules.ARMS, losses.ARMS, extensions.ARMS, extensions.NO_MASKED_LM
+    schedules, losses, extensions, budget = map(
+        importlib.import_module, ("schedules", "losses", "each_extension", "budget"))
+    arms = schedules.ARMS, losses.ARMS, extensions.ARMS, extensions.NO_MASKED_LM, budget.ARMS, {"long": budget.LONG}
     for flags in itertools.chain(*(each.values() for each in arms)):
         words = []
         for name, value in flags.items():
