@@ -2,8 +2,9 @@
 
     ours            the step of distill.py: pruning slices the matrices
     compiled        the same with support/fast.py, as in long runs on a GPU
-    stock-best      our best step from stock modules of `transformers`: fused attention, logits at masked positions,
-                    head-averaged scores in one matmul, fused optimizer, sensitivities per unit; pruning by masks
+    stock-best      our best step from stock modules of `transformers`: fused attention (eager if faster), logits at
+                    masked positions, head-averaged scores in one matmul, fused optimizer, sensitivities per unit;
+                    pruning by masks
     research code   as research code on top of `transformers` is usually written: logits and KL at all positions,
                     attention scores of every head, default optimizer, sensitivities per weight; pruning by masks
 """

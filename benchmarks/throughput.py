@@ -1,7 +1,7 @@
 """Tokens per second of a training step, compared with two versions of it made of stock `transformers` modules and, on
 CUDA, with the compiled step of long runs.
 
-    python benchmarks/throughput.py --shape small --device cpu --quick --json benchmarks/results/small-cpu-fp32.json
+    python benchmarks/throughput.py --shape small --device cpu --quick --precision fp32 --json small.json
 
 The systems of systems.py make the same steps in alternation, each in its own process with the same allocator settings.
 Before that their losses are checked to agree (those of the compiled step in gpu.py). Weights and tokens are random,
@@ -100,7 +100,7 @@ def mask_peer(new_shape: Shape, lineage: dict[str, torch.Tensor]):
 
 
 def step_seconds() -> float:
-    """Of the second of two steps. The first one finds caches and clocks as other processes left them."""
+    """Seconds of the second of two steps. The first one finds caches and clocks as other processes left them."""
     SYSTEM[0].step(BATCHES)
     begin = synchronized_time(SYSTEM[0].device)
     SYSTEM[0].step(BATCHES)
