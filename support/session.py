@@ -62,6 +62,11 @@ class Session:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it
         torch.use_deterministic_algorithms(args.deterministic)
         args.precision = distributed.resolve_precision(args.precision, self.device)  # recorded, and kept on resume
+        preset = f"preset {' + '.join(args.preset)}" if args.preset else "those of the paper"
+        print(f"settings: {preset} and the flags given; learning rate {args.learning_rate:g}, {args.precision}")
+        print(f"{args.steps:,} steps of {args.batch_size:,} x {args.seq_length} tokens on {self.device}"
+              f"{f' and {WORLD - 1} more' * (WORLD > 1)}: "
+              f"{args.steps * args.batch_size * args.seq_length / 1e6:,.1f} million tokens")
 
         folder = self.teacher_folder = find_model(args.teacher)
         self.teacher = checkpoint.load_model(folder).to(self.device).eval().requires_grad_(False)
@@ -166,18 +171,13 @@ class Session:
 
     def print_plan(self, state):
         args = self.args
-        rows = args.steps * args.batch_size
-        preset = f"preset {' + '.join(args.preset)}" if args.preset else "those of the paper"
-        print(f"settings: {preset} and the flags given; learning rate {args.learning_rate:g}, {args.precision}")
         print(f"{args.teacher}: {self.teacher.parameter_count() / 1e6:.1f} M parameters, D F H K "
               f"{tuple(self.teacher_shape)} -> {tuple(self.target_shape)}")
-        print(f"{args.steps:,} steps of {args.batch_size:,} x {args.seq_length} tokens on {self.device}"
-              f"{f' and {WORLD - 1} more' * (WORLD > 1)}: {rows * args.seq_length / 1e6:,.1f} million tokens, "
-              f"{rows / len(self.rows):.1f} passes over the corpus of {len(self.rows):,} rows "
-              f"({len(self.heldout):,} held out)")
+        print(f"{args.steps * args.batch_size / len(self.rows):.1f} passes over the corpus of {len(self.rows):,} rows "
+              f"({len(self.heldout):,} more are held out)")
         if 4 * len(self.heldout) > len(self.rows):
-            print("more than a fifth of the text is held out, because documents stay whole (in .txt, a blank line ends "
-                  "one)")
+            print("more than a fifth of the text is held out: documents stay whole, and one is long (in .txt, a blank "
+                  "line ends a document)")
         if self.saved:
             print(f"resumed after step {state.step}")
 
@@ -259,7 +259,8 @@ class Session:
         self.progress.update()
         if len(self.step_seconds) == ESTIMATE_AFTER and not is_final:
             left = datetime.timedelta(seconds=round(sum(self.step_seconds) / ESTIMATE_AFTER * (args.steps - step)))
-            self.progress.write(f"about {left} (h:mm:ss) left; steps get faster as the student shrinks")
+            self.progress.write(f"about {left} left, or less, because steps get faster as the student shrinks; "
+                                "with fewer --steps the run is shorter")
         if step % args.log_every == 0 or is_final:
             self.log_training(state, losses, rate, gradient_norm)
         if step % (args.eval_every or max(1, args.steps // 10)) == 0 and not is_final:
