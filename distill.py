@@ -31,8 +31,7 @@ from support.flags import COUNT, FRACTION, NONNEGATIVE, Flag, number, parse_flag
 from support.session import Session
 
 # ---- The method's settings -----------------------------------------------------------------------------------
-# The defaults are the paper's where they are known to us. Help texts mark the others as "our choice", and what the
-# paper does not have as "our extension".
+# The defaults are the paper's, unless the help texts mark them as "our choice" or "our extension".
 
 COMPENSATED = {"align_heads": True, "compensate": True, "prune_start": 1 / 30, "prune_end": 1 / 30}
 SMALL_STUDENT = {"teacher": "bert-base-uncased", "learning_rate": 6e-4}
@@ -58,7 +57,8 @@ METHOD_FLAGS = (
     Flag("--steps", 28_000, COUNT, "Optimizer steps."),
     Flag("--batch-size", 4096, COUNT, "Rows per step, over all micro-batches and processes."),
     Flag("--learning-rate", 3e-4, NONNEGATIVE, "Peak learning rate. The paper uses 6e-4 for its smaller students."),
-    Flag("--warmup", 0.1, FRACTION, "Fraction of the run in which the learning rate rises; then it falls to zero."),
+    Flag("--warmup", 0.1, FRACTION, "Fraction of the run in which the learning rate rises; then it falls to zero. "
+         "Our choice."),
     Flag("--weight-decay", 0.01, NONNEGATIVE, "Decoupled weight decay of the matrices. Our choice: BERT's."),
     Flag("--clip", 1.0, NONNEGATIVE, "Maximum gradient norm, 0 for none. Our choice: BERT's."),
     Flag("--dropout", 0.0, number(float, 0, 0.99), "Dropout of the student. Our choice: 0, so the "
@@ -76,15 +76,16 @@ METHOD_FLAGS = (
     Flag("--prune-power", 3.0, number(float, 0.1, 100), "Exponent of the schedule. 3 is cubic, 1 is linear."),
     Flag("--granularity", 8, COUNT, "Hidden dimensions, and dimensions of each head, pruned at a time; 4 times as many "
          "feed-forward neurons (our choice)."),
-    Flag("--importance", "sensitivity", ("sensitivity", "platon", "magnitude", "random"), "Pruning criterion."),
+    Flag("--importance", "sensitivity", ("sensitivity", "platon", "magnitude", "random"), "Pruning criterion. "
+         "Our choice: sensitivity; others say that the paper used platon."),
     Flag("--sensitivity-decay", 0.9, number(float, 0, 0.9999), "Decay of the sensitivities' moving average per step "
          "(our choice: about ten steps, which steadies the ranking)."),
     Flag("--init", "teacher", ("teacher", "truncated", "random"), "Where the student starts: as the teacher or, for "
          "comparison, at its target shape with the teacher's first units or with random weights."),
-    Flag("--align-heads", False, bool, "Before training, transform the dimensions of every head so that few of them do "
-         "most of its work (our extension: pruning heads does less harm)."),
-    Flag("--compensate", False, bool, "Before each prune, let kept units take over the work of pruned ones, as far as "
-         "least squares on training text can express it (our extension: pruning does less harm)."),
+    Flag("--align-heads", False, bool, "Before training, change the basis of every head so that its first dimensions "
+         "matter most; the model computes the same (our extension: pruning heads does less harm)."),
+    Flag("--compensate", False, bool, "Before each prune, fit the pruned units as linear functions of the kept ones, "
+         "by least squares on training text, and fold this into the weights (our extension: pruning does less harm)."),
 )
 ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-6
 
@@ -99,7 +100,7 @@ def vocabulary_losses(student_logits, teacher_logits, labels, temperature: float
     """
     log_q, log_p = (F.log_softmax(logits.float(), dim=-1) for logits in (student_logits, teacher_logits))
     masked_lm = F.nll_loss(log_q, labels)
-    if temperature != 1:
+    if temperature != 1:  # the softmax does not change if a constant, here log sum exp, is taken from the logits
         log_q, log_p = (F.log_softmax(log_probs / temperature, dim=-1) for log_probs in (log_q, log_p))
     return masked_lm, F.kl_div(log_q, log_p, log_target=True, reduction="batchmean") * temperature**2
 
@@ -111,8 +112,8 @@ def mean_mse(student: list[torch.Tensor], teacher: list[torch.Tensor]):
 
 def ranking_loss(student: Output, labels):
     """A loss whose gradient ranks the units while all distillation losses are zero [ours]: L_MLM or, without a head,
-    the squared distance of the last output to itself plus noise. The latter's gradient is that of a Gaussian likelihood
-    at a sampled target, as in the Fisher information."""
+    the mean squared error between the last output and a noisy copy of it. The latter's gradient is that of a Gaussian
+    likelihood at a sampled target, as in the Fisher information."""
     if student.logits is not None:
         return F.cross_entropy(student.logits.float(), labels)
     output = student.hidden[-1].float()  # (B,S,D)
@@ -214,7 +215,7 @@ def initial_state(args: argparse.Namespace, session: Session) -> TrainingState:
     if session.saved:
         session.restore(state)
     elif args.init != "teacher":  # for comparison: start at the target shape
-        prefer_first = {group: -indices for group, indices in state.lineage.items()}  # as importance
+        prefer_first = {group: -indices for group, indices in state.lineage.items()}  # in place of importance
         keep = prune.choose_units(prefer_first, state.shape, session.target_shape)
         prune.prune_units(distiller, keep, session.target_shape, state.optimizer, (state.lineage,))
         state.shape = session.target_shape
@@ -238,7 +239,8 @@ def make_optimizer(model: nn.Module, weight_decay: float, betas=ADAM_BETAS) -> t
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """Of step 0, 1, ...: linear from near zero to the peak over the fraction `warmup`, then linear to near zero."""
+    """The rate of step 0, 1, ...: it rises linearly to the peak in the first `warmup` of the run, then falls linearly
+    to near zero."""
     warmup_steps = round(warmup * steps)
     rising = (step + 1) / warmup_steps if warmup_steps else 1.0
     return peak * min(rising, (steps - step) / max(steps - warmup_steps, 1))

@@ -88,8 +88,8 @@ class Job:
         path = self.folder(output) / "result.json"
         if not path.exists():
             return False
-        before, now = read_json(path), dataclasses.asdict(self)
-        if changed := [f"{name} {before.get(name)}, now {now[name]}" for name in now if before.get(name) != now[name]]:
+        saved, new = read_json(path), dataclasses.asdict(self)
+        if changed := [f"{name} {saved.get(name)}, now {new[name]}" for name in new if saved.get(name) != new[name]]:
             raise InputError(f"{path} was made with {'; '.join(changed)}: use --overwrite or another --output")
         return True
 
@@ -239,7 +239,11 @@ def write_predictions(folder: Path, net: TaskModel, rows: dict[str, list[Row]], 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The flags. Raises InputError."""
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    def default(name: str) -> str:
+        others = (f"{task} {values[name]}" for task, values in TASK_DEFAULTS.items() if name in values)
+        return f"[{', '.join([str(DEFAULTS[name]), *others])}]"
+
+    parser = Parser(description=f"{__doc__.splitlines()[0]} Defaults are in [brackets].", allow_abbrev=False)
     add = parser.add_argument
     add("--model", nargs="+", type=lambda name: name.rstrip("/") or name, required=True,
         help="Folders or hub names of the BERT checkpoints.")
@@ -248,12 +252,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--data", help="Folder with the task's files (train.tsv and dev.tsv, or train-v1.1.json and dev-v1.1.json), or "
         "with a folder for every task (CoLA, SST-2, ..., squad). Default: download from the hub.")
     add("--max-length", type=number(int, 16, 10**6), help="Maximum tokens per row, at most the model's positions. "
-        "Default: depends on the task.")
+        f"{default('max_length')}")
     add("--seeds", nargs="+", type=number(int, 0, 2**32 - 1), default=[0], help="Random seeds, one result each. [0]")
-    add("--epochs", type=COUNT, help="Passes over the training split. Default: depends on the task.")
+    add("--epochs", type=COUNT, help=f"Passes over the training split. {default('epochs')}")
     add("--max-steps", type=COUNT, help="Maximum optimizer steps. Default: no maximum.")
-    add("--learning-rate", type=number(float, 1e-9, 1), help="Peak learning rate. Default: depends on the task.")
-    add("--batch-size", type=COUNT, help="Rows per step. Default: depends on the task.")
+    add("--learning-rate", type=number(float, 1e-9, 1), help=f"Peak learning rate. {default('learning_rate')}")
+    add("--batch-size", type=COUNT, help=f"Rows per step. {default('batch_size')}")
     add("--warmup", type=FRACTION, default=0.1, help="Fraction of steps with a rising learning rate. [%(default)s]")
     add("--weight-decay", type=NONNEGATIVE, default=0.01, help="Weight decay of the matrices. [%(default)s]")
     add("--dropout", type=number(float, 0, 0.99), help="Dropout probability. Default: that of the checkpoint.")

@@ -57,7 +57,7 @@ def tensor_axes(model: nn.Module) -> dict[str, dict[int, str]]:
     table = {}
     for name, parameter in model.named_parameters():
         module = name.removeprefix("student.").rpartition(".")[0]
-        number = re.search(r"\.(\d+)\b", module)  # of the layer
+        number = re.search(r"\.(\d+)\b", module)  # the layer's number
         groups = STRUCTURE[re.sub(r"\.\d+\b", ".*", module)]
         for axis, group in enumerate(groups[:parameter.dim()]):
             if group is not None:
@@ -66,8 +66,8 @@ def tensor_axes(model: nn.Module) -> dict[str, dict[int, str]]:
 
 
 def teacher_indices(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The lineage of an unpruned model: group -> (units,) int64, each unit's index in the teacher. Every prune slices
-    it, so that it lists the units that are left; with --align-heads, those of the teacher's aligned heads."""
+    """The lineage of an unpruned model: group -> (units,) int64, the teacher index of every unit. Prunes slice it like
+    the weights. With --align-heads these are indices in the aligned teacher."""
     parameters = dict(model.named_parameters())
     return {group: torch.arange(parameters[name].shape[axis], device=parameters[name].device)
             for name, axes in tensor_axes(model).items() for axis, group in axes.items()}
@@ -166,10 +166,10 @@ def scheduled_shape(step: float, start: float, end: float, teacher: Shape, targe
                     power: float = 3) -> Shape:
     """The shape after `step` steps of the schedule, which is cubic if power is 3 (HomoDistil, section 3.2).
 
-    Every width is r(t) = r_f + (1 - r_f) fraction_to_prune(t) times the teacher's; r_f gives the target's. What is
-    pruned is rounded to a multiple of `granularity` hidden dimensions, 4 times as many feed-forward neurons, as many
-    dimensions of each head (attention kernels want K to be a multiple of 8), or is all of it if that is less. Whole
-    heads are pruned first, as long as the other heads can hold the width H*K.
+    Every width is r(t) = r_f + (1 - r_f) fraction_to_prune(t) times the teacher's; r_f gives the target's. The number
+    of pruned units is rounded to a multiple of `granularity` for hidden and head sizes (attention kernels want K to be
+    a multiple of 8), and of 4 times that for the feed-forward size; if fewer are to be pruned in all, it is 0 or all of
+    them. Whole heads are pruned first, as long as the other heads can hold the width H*K.
     """
     fraction = fraction_to_prune(step, start, end, power)
     if fraction == 0:

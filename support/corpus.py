@@ -155,9 +155,9 @@ def demo_documents() -> Iterator[str]:
 def numbered_pieces(files: Files, demo: bool, columns: Sequence[str] = TEXT) -> Iterator[tuple[int, str]]:
     """The text of a corpus in pieces of at most PIECE characters, each with the number of its document. Shows progress.
 
-    What counts as a document decides what can be held out without having its other half in the training text. A record
-    of .jsonl or .parquet is a document, and a blank line ends one in .txt. WikiText has many blank lines and records
-    in one article: once a file has shown an article's heading, only another such heading starts a document.
+    Whole documents are held out, so that none is in both parts. A record of .jsonl or .parquet is a document, and a
+    blank line ends one in .txt. WikiText has many blank lines and records in one article: once a file has shown an
+    article's heading, only another such heading starts a document.
     """
     number = 0
     size = sum(file.stat().st_size for file in files if isinstance(file, Path))

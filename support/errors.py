@@ -12,7 +12,7 @@ class InputError(Exception):
 
 
 class LocalError(InputError):
-    """An InputError that not all processes meet, so that each prints its own."""
+    """An error of one process, which that process prints. Other InputErrors are the same in all processes."""
 
 
 class Interrupted(Exception):

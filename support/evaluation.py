@@ -12,8 +12,8 @@ from support.metrics import spearman
 
 @torch.no_grad()
 def evaluate(distiller, teacher: Bert, heldout: MaskedRows, count: int, micro_batch_size: int, device, autocast):
-    """Means over `count` rows, spread over the held-out part, with masks that are always the same; and under NAME_se
-    their standard errors over the rows.
+    """Means over `count` rows, spread over the held-out part, and their standard errors over the rows as NAME_se. The
+    masks are the same in every evaluation.
 
     hidden_mse is L_hidn. With a masked-LM head, over the masked positions: kl, KL(teacher || student) in nats;
     masked_lm_loss and top1 accuracy, also as teacher_*; and masked_lm_loss_difference, student minus teacher row by

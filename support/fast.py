@@ -1,5 +1,5 @@
 """Faster training steps for long runs on a GPU. The textbook forms stay in model.py and distill.py. `with
-compiled(...)`, which Session puts around the loop if `pays`, compiles them and reduces memory traffic further.
+compiled(...)`, which Session puts around the loop if it is `worth_compiling`, compiles them and reduces memory traffic.
 
 Memory traffic bounds a step on a GPU. For the paper's settings on one H100 benchmarks/traffic.py predicts 5.4 hours
 instead of 8.6; nothing was measured on a GPU. Evaluations and the fits of --compensate, which put hooks into the
@@ -18,15 +18,15 @@ from torch import nn
 from model import Layer, LayerNorm, SelfAttention
 from support.distributed import WORLD
 
-PAYS_FROM = 1e17  # parameters x tokens on each GPU: BERT-base on 0.9 G tokens, a sixteenth of the paper's
+COMPILE_FROM = 1e17  # parameters x tokens on each GPU: BERT-base on 0.9 G tokens, a sixteenth of the paper's
 
 
-def pays(session) -> bool:
-    """Whether the run is on a GPU and so long that minutes of compilation are little. Every process tunes its kernels
-    anew, so they are not reproducible bit for bit, as --deterministic demands."""
+def worth_compiling(session) -> bool:
+    """Whether the run is on a GPU and so long that minutes of compilation are little. Compiled kernels are tuned in
+    every process, so they are not reproducible bit for bit, as --deterministic demands."""
     args = session.args
     work = session.teacher.parameter_count() * args.steps * args.batch_size * args.seq_length
-    return (session.device.type == "cuda" and work >= PAYS_FROM * WORLD and not args.deterministic
+    return (session.device.type == "cuda" and work >= COMPILE_FROM * WORLD and not args.deterministic
             and os.environ.get("TORCH_COMPILE_DISABLE") != "1")
 
 
@@ -62,8 +62,8 @@ def switch_on(undo: contextlib.ExitStack, student, teacher, losses, backend: str
         setattr(owner, name, new)
 
     # The sizes of parameters and the number of heads are variables, so that one compilation serves all layers and
-    # widths. Equal sizes are separate variables: H*K is D before the first prune, but need not be afterwards. With
-    # several processes torch would otherwise split a layer where DDP's buckets end, and compile the parts for one size.
+    # widths. use_duck_shape=False: sizes that are equal at first, like H*K and D, may differ after a prune.
+    # optimize_ddp=False: torch would split layers where DDP's buckets end, and compile the parts for one size.
     undo.enter_context(torch._dynamo.config.patch(
         force_parameter_static_shapes=False, force_nn_module_property_static_shapes=False,
         allow_unspec_int_on_nn_module=True, specialize_float=True, optimize_ddp=False))

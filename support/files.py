@@ -35,7 +35,7 @@ def fsync(path: Path):
 
 
 def atomic_rename(work: Path, target: Path):
-    """Give the finished file or folder `work` its name. After a power failure it exists completely or not at all."""
+    """Rename a finished file or folder atomically, after everything in it has been written to the disk."""
     for path in (*work.rglob("*"), work):
         fsync(path)
     work.replace(target)

@@ -44,16 +44,16 @@ class Flag(NamedTuple):
 COUNT, NONNEGATIVE, FRACTION = number(int, 1, 10**9), number(float, 0, 1e9), number(float, 0, 1)
 WIKIPEDIA = "hub:wikimedia/wikipedia:20231101.en"
 DATA_FLAGS = (
-    Flag("--teacher", None, str, "Folder or name on the Hugging Face Hub of the BERT to distil. Default: that of the "
-         "preset; without either, the bundled teacher with --preset demo."),
+    Flag("--teacher", None, str, "Folder or name on the Hugging Face Hub of the BERT to distil. Default: the "
+         "preset's teacher; without one, the bundled teacher with --preset demo."),
     Flag("--corpus", [WIKIPEDIA], list, "Training text: .txt, .jsonl or .json with one object per line (all of "
          "these also as .gz), .parquet, folders of these, hub:OWNER/NAME:CONFIG, or demo, the documentation that comes "
          "with Python."),
     Flag("--text-column", ["text"], list, "Columns of .parquet and fields of .jsonl that hold the text. The "
          "texts of several columns are joined, one per line, into one document."),
-    Flag("--corpus-tokens", None, number(int, 1, 10**15), "Training tokens after which the rest of the corpus is not "
-         "read, rounded up to a block of about 2 million characters. Hub files are downloaded one by one until then. "
-         "Default: the whole corpus."),
+    Flag("--corpus-tokens", None, number(int, 1, 10**15), "Stop reading the corpus after this many training tokens, "
+         "or up to a block of 2 million characters later. Hub files are downloaded one by one until then. Default: the "
+         "whole corpus."),
     Flag("--seq-length", 128, number(int, 8, 10**6), "Tokens per row."),
     Flag("--cache-dir", str(Path.home() / ".cache" / "homotopic-distillation"), str, "Folder for tokenised text."),
 )
@@ -67,9 +67,9 @@ RUN_FLAGS = (
     Flag("--overwrite", False, bool, "Replace the run in the output folder."),
     Flag("--resume", False, bool, "Resume the run in --output with its original flags, from its last checkpoint."),
     Flag("--save-minutes", 15.0, NONNEGATIVE, "Minutes between checkpoints."),
-    Flag("--micro-batch-size", None, COUNT, "Rows that a process computes at a time. Fewer rows need less memory. They "
-         "may draw other dropout and noise; otherwise they change the result by rounding only. Default: what fits "
-         "into half of the GPU's free memory, or with --deterministic of all its memory; at most 64 on a CPU."),
+    Flag("--micro-batch-size", None, COUNT, "Rows that a process computes at a time; fewer need less memory. Another "
+         "number draws other dropout and noise; else results differ by rounding only. Default: what fits into half of "
+         "the GPU's free memory, or of its total memory with --deterministic; at most 64 on a CPU."),
     Flag("--seed", 0, number(int, 0, 2**32 - 1), "Seed of everything random: row order, masks, dropout, noise."),
     Flag("--device", "auto", str, "cpu, cuda or cuda:N. auto uses a GPU if there is one."),
     Flag("--precision", "auto", ("auto", "fp32", "bf16"), "Precision of matmuls. auto is bf16 on GPUs "
@@ -93,8 +93,9 @@ def parse_flags(argv: list[str] | None, description: str, method_flags: tuple[Fl
     """The flags of distill.py: the defaults, then those of the presets, then what is given; with --resume those that
     the run started with. Raises InputError."""
     groups = {"method": method_flags, "data": DATA_FLAGS, "run": RUN_FLAGS, "evaluation": EVALUATION_FLAGS}
-    parser = Parser(usage="%(prog)s [flags]", description=description, allow_abbrev=False,
-                    argument_default=argparse.SUPPRESS)
+    parser = Parser(usage="%(prog)s [flags]", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                    description=f"{description} Defaults are in [brackets]. Those of the method are the paper's, "
+                                "unless marked as our choice or our extension.")
     argv = sys.argv[1:] if argv is None else argv
     defaults = {"command": shlex.join(["python", "distill.py", *argv])}
     for title, flags in groups.items():

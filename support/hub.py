@@ -50,8 +50,8 @@ def find_model(name: str) -> Path:
 def hub_files(name: str, kind: str, wanted: Callable[[list[str]], list[str]], download=True) -> tuple[Path, list[str]]:
     """The local folder of a hub repository and the names of its needed files, from the hub's cache if they are there.
 
-    kind: "model" or "dataset". wanted: maps all file names of the repository to those that are needed; its InputError
-    means that the repository lacks some. Without `download` the folder may lack them.
+    kind: "model" or "dataset". wanted: maps all file names of the repository to those that are needed, or raises
+    InputError if some are missing. Without `download` the folder may lack them.
     Raises InputError if the files are neither in the cache nor on the hub.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -185,7 +185,8 @@ def read_dense(folder: Path, size: int) -> Dense:
 
 def sentences_of(rows: MaskedRows, count: int, tokenizer: Tokenizer) -> list[np.ndarray]:
     """At most `count` different sentences from rows that are spread over the text, as token ids with [CLS] and [SEP],
-    the shortest first: what stands between two marks or, in a row with fewer marks, all its parts."""
+    the shortest first. Rows are split after the marks; the first and the last part, which may be incomplete, are
+    dropped unless there are no others."""
     marks, sentences = [tokenizer.token_to_id(mark) for mark in ".?!。？！।" if tokenizer.token_to_id(mark)], {}
     for i in np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int):
         parts = np.split(rows.text[i], np.flatnonzero(np.isin(rows.text[i], marks)) + 1)

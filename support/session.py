@@ -94,9 +94,9 @@ class Session:
             args.corpus, self.tokenizer, Path(args.cache_dir), args.seq_length, args.text_column, limit,
             masked=self.teacher.cls is not None)
         if not WORLD <= args.batch_size <= len(self.rows):
-            raise InputError(f"--batch-size {args.batch_size} must be from {WORLD}, the number of processes, to "
-                             f"{len(self.rows)}, the training rows of {args.seq_length} tokens (documents stay whole, "
-                             f"and {len(self.heldout)} rows are held out)")
+            raise InputError(f"--batch-size {args.batch_size} must be at least {WORLD}, the number of processes, and "
+                             f"at most {len(self.rows)}, the training rows of {args.seq_length} tokens "
+                             f"({len(self.heldout)} more are held out, in whole documents)")
         self.sentences = sentences_of(self.heldout, REPORT_SENTENCES, self.tokenizer) if self.encoder else []
         if self.encoder and len(self.sentences) < 3:
             raise InputError("the held-out part of the corpus has fewer than 3 sentences to compare: use more text")
@@ -148,7 +148,7 @@ class Session:
                     self.log_file.truncate(min(self.saved["log_bytes"], self.log_file.tell()) if self.saved else 0)
                 if not self.saved:
                     self.log_evaluation(state)
-                with fast.compiled(self, state) if fast.pays(self) else contextlib.nullcontext():
+                with fast.compiled(self, state) if fast.worth_compiling(self) else contextlib.nullcontext():
                     self.step_seconds: list[float] = []
                     self.step_start, self.saved_at = time.perf_counter(), time.monotonic()
                     yield
@@ -183,8 +183,8 @@ class Session:
 
     def student_encoder(self, state) -> SentenceEncoder | None:
         """The teacher's modules for the student. --keep-space adds a Dense, fitted on training text. Without it, the
-        teacher's own Dense reads the student's states through the projection of the last layer, H_t ~= H_s W_hidn; for
-        a student that has not learned yet, this slices it like the hidden group."""
+        teacher's own Dense reads the student's states through the projection of the last layer, H_t ~= H_s W_hidn. In
+        an untrained student that is the same as slicing the Dense with the hidden group."""
         if self.args.keep_space:
             sentences = sentences_of(self.rows, FIT_SENTENCES, self.tokenizer)
             print(f"fitting the student's vectors to the teacher's on {len(sentences):,} sentences")

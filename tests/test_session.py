@@ -438,7 +438,7 @@ def test_the_micro_batch_size_follows_from_the_free_memory_and_is_recorded(monke
 def test_fewer_rows_than_processes_are_refused(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("support.session.WORLD", 7)
     assert runs.distill(tmp_path / "run") == 2
-    assert "must be from 7, the number of processes" in capsys.readouterr().err
+    assert "must be at least 7, the number of processes" in capsys.readouterr().err
 
 
 def test_every_row_belongs_to_one_process(monkeypatch):

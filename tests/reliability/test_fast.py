@@ -77,7 +77,7 @@ def test_it_is_on_for_long_runs_on_a_gpu(monkeypatch, device, steps, determinist
     monkeypatch.setenv("TORCH_COMPILE_DISABLE", disabled)
     args = SimpleNamespace(steps=steps, batch_size=4096, seq_length=128, deterministic=deterministic)
     teacher = SimpleNamespace(parameter_count=lambda: 110e6)
-    assert fast.pays(SimpleNamespace(args=args, device=device, teacher=teacher)) == expected
+    assert fast.worth_compiling(SimpleNamespace(args=args, device=device, teacher=teacher)) == expected
 
 
 def test_every_process_must_have_enough_work(monkeypatch):
@@ -85,7 +85,7 @@ def test_every_process_must_have_enough_work(monkeypatch):
     session = SimpleNamespace(args=args, device=GPU, teacher=SimpleNamespace(parameter_count=lambda: 110e6))
     for world, expected in ((8, True), (32, False)):
         monkeypatch.setattr(fast, "WORLD", world)
-        assert fast.pays(session) == expected
+        assert fast.worth_compiling(session) == expected
 
 
 # ---- Equal to the textbook forms -----------------------------------------------------------------------------
@@ -227,7 +227,7 @@ def run(monkeypatch, tmp_path, checkpoint, corpus):
     compiled = fast.compiled
 
     def call(name: str, backend=None):
-        monkeypatch.setattr(fast, "pays", lambda session: backend is not None)
+        monkeypatch.setattr(fast, "worth_compiling", lambda session: backend is not None)
         monkeypatch.setattr(fast, "compiled", functools.partial(compiled, backend=backend))
         code = distill.main([
             "--teacher", str(checkpoint), "--corpus", str(corpus), "--cache-dir", str(tmp_path / "cache"), "--steps",
