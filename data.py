@@ -27,6 +27,7 @@ import torch
 from tokenizers import Tokenizer
 
 from support.corpus import TEXT, tokenise
+from support.distributed import to_device
 from support.errors import InputError
 
 SHORTEST = 16  # tokens of an unmasked row in training
@@ -42,8 +43,7 @@ class Batch:
     labels: torch.Tensor  # (M,) int64, the original tokens at `positions`
 
     def to(self, device: torch.device | str) -> "Batch":
-        pin = torch.device(device).type == "cuda"  # only copies from pinned memory do not wait
-        return Batch(*((t.pin_memory() if pin else t).to(device, non_blocking=True) for t in vars(self).values()))
+        return Batch(*(to_device(tensor, device) for tensor in vars(self).values()))
 
 
 class MaskedRows:

@@ -344,7 +344,7 @@ def run_jobs(jobs: list[Job], splits: dict[str, dict], output: Path, device):
 
 def evaluate_models(args: argparse.Namespace):
     """Everything that the flags ask for. All input is checked before training starts. Raises InputError."""
-    device = distributed.find_device(args.device)
+    device = distributed.find_device(args.device, shared=True)  # a small student does not fill a GPU
     distributed.tune_malloc()
     precision = distributed.resolve_precision(args.precision, device)
     print(f"{precision} on {device}")

@@ -140,8 +140,8 @@ def main(argv: list[str]) -> int:
     micro = 256 if torch.cuda.get_device_properties(device).total_memory > LARGE_MEMORY else 128
     for shape in ("base", "small"):
         subprocess.run([sys.executable, str(Path(__file__).with_name("throughput.py")), "--shape", shape, "--device",
-                        "cuda", "--micro-batch-size", str(micro), "--json", str(args.results / f"{shape}-cuda.json")],
-                       check=True)
+                        "cuda", "--quick", "--micro-batch-size", str(micro), "--json",
+                        str(args.results / f"{shape}-cuda.json")], check=True)
     return 0
 
 

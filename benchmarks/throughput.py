@@ -165,6 +165,7 @@ def measure(args: argparse.Namespace, device) -> dict:
     sizes = [min(args.micro_batch_size, args.batch_size - i) for i in range(0, args.batch_size, args.micro_batch_size)]
     steps_at, measured = schedule(args, cuda)
     check_all(args.shape, device)
+    torch.cuda.empty_cache()  # leaves memory to the processes that follow
     memory = peak_memories(args, device, sizes, measured)
     seconds, rates, prune_seconds = time_steps(args, device, sizes, steps_at, measured, list(memory))
 
@@ -197,7 +198,7 @@ def measure(args: argparse.Namespace, device) -> dict:
             elif width == "run":
                 row["prune_share"] = prune_seconds / args.steps / np.median(times[name][:, column])
             result["rows"].append(row)
-    if cuda and args.shape == "base" and len(measured) >= 8:
+    if cuda and args.shape == "base":
         tokens = PAPER.steps * PAPER.batch_size * PAPER.seq_length
         speed = next(row["tokens_per_second"] for row in result["rows"]
                      if (row["system"], row["width"]) == ("compiled", "run"))

@@ -10,6 +10,7 @@ from tokenizers import Encoding
 from torch import nn
 
 from model import BertConfig
+from support.distributed import to_device
 
 TOKENISE_AT_ONCE = 4096  # texts; an Encoding of the tokenizer takes much more memory than its token ids
 
@@ -67,4 +68,4 @@ def make_batch(rows: list[Row], config: BertConfig, device) -> list[torch.Tensor
     types = mask & (columns >= torch.tensor([[row.first_length] for row in rows]))  # (B,S)
     types = types.long() * min(rows[0].second_type, config.type_vocab_size - 1)  # some models have a single type
     labels = torch.tensor([row.label for row in rows])
-    return [tensor.to(device, non_blocking=True) for tensor in (ids, types, mask, labels)]
+    return [to_device(tensor, device) for tensor in (ids, types, mask, labels)]

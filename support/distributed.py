@@ -26,18 +26,22 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from glibc's malloc.h
 CPUINFO = Path("/proc/cpuinfo")  # of Linux
 
 
-def find_device(name: str) -> torch.device:
-    """The device named by --device. With several processes each takes its own GPU. Raises InputError."""
+def find_device(name: str, shared: bool = False) -> torch.device:
+    """The device named by --device. With several processes each takes its own GPU; if `shared`, several may take the
+    same one. Raises InputError."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,2})?", name):
         raise InputError(f"--device {name}: use auto, cpu, cuda or cuda:N")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cuda":
-        device = torch.device("cuda", LOCAL_RANK if WORLD > 1 else device.index or 0)
-        if device.index >= torch.cuda.device_count():
-            raise LocalError(f"--device {name}: process {RANK} would need CUDA device {device.index}, but there are "
-                             f"{torch.cuda.device_count()} CUDA devices here")
+        index, count = LOCAL_RANK if WORLD > 1 else device.index or 0, torch.cuda.device_count()
+        if shared and WORLD > 1:
+            index %= max(count, 1)
+        device = torch.device("cuda", index)
+        if index >= count:
+            raise LocalError(f"--device {name}: process {RANK} would need CUDA device {index}, but there are {count} "
+                             "CUDA devices here")
         torch.cuda.set_device(device)
         # Torch prefers cuDNN's attention on some GPUs. It makes a plan for every new (B,S), which takes half a second.
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -88,6 +92,11 @@ def tune_malloc():
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """A copy on the device. The program waits for copies to a GPU unless they are from pinned memory."""
+    return (tensor.pin_memory() if torch.device(device).type == "cuda" else tensor).to(device, non_blocking=True)
+
+
 def peak_memory_mb(device: torch.device) -> float:
     """Peak memory in MB: on a GPU that of tensors since the last call, on the CPU that of this process so far."""
     if device.type == "cuda":
@@ -134,6 +143,8 @@ def all_reduce_sum(values: dict[str, float]) -> dict[str, float]:
 
 def check_same_units(step: int, keep: dict[str, torch.Tensor]):
     """Raise InputError unless all processes keep the same units; otherwise their models would differ from here on."""
+    if WORLD == 1:
+        return  # reading the indices would make the GPU wait
     kept = {group: indices.tolist() for group, indices in keep.items()}
     if any(other != kept for other in all_gather_objects(kept)):
         raise InputError(f"step {step}: the processes chose different units to prune; run all of them on the same "

@@ -9,6 +9,7 @@ everything off.
 
 import contextlib
 import os
+import shlex
 import sys
 
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 
 from model import Layer, LayerNorm, SelfAttention
 from support.distributed import WORLD
+from support.errors import InputError, one_line
 
 COMPILE_FROM = 1e17  # parameters x tokens on each GPU: BERT-base on 0.9 G tokens, a sixteenth of the paper's
 
@@ -88,7 +90,8 @@ def switch_on(undo: contextlib.ExitStack, student, teacher, losses, backend: str
 @contextlib.contextmanager
 def compiled(session, state, backend: str = "inductor"):
     """Training steps run compiled while this is entered. The first micro-batch is computed once as a trial; if that
-    fails, for example without a C compiler, one line says so and all steps run eagerly."""
+    fails, for example without a C compiler, one line says so and all steps run eagerly. If a later compilation fails,
+    the run is saved, and InputError says how to resume it."""
     session.progress.write("compiling the training step, which takes minutes; TORCH_COMPILE_DISABLE=1 switches it off")
     batch, fraction, _ = next(session.micro_batches(state))
     loop = sys.modules[type(state.distiller).__module__]  # distill.py, which is __main__ when it is run
@@ -98,6 +101,13 @@ def compiled(session, state, backend: str = "inductor"):
             loop.losses_and_gradients(session, state, batch, fraction, is_last=False, ranking_only=False)
         except Exception as error:  # torch raises another type for every cause: no compiler, no Triton, an old GPU
             undo.close()
-            session.progress.write(f"torch.compile failed, so steps run eagerly: {' '.join(str(error).split())[:200]}")
+            session.progress.write(f"torch.compile failed, so steps run eagerly: {one_line(error)}")
         state.optimizer.zero_grad()
-        yield
+        failures = torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit
+        try:
+            yield
+        except failures as error:  # in part 1 of a step, which has changed nothing yet
+            session.save(state)
+            raise InputError(f"a compilation failed after step {state.step}, which is saved; to resume: "
+                             f"TORCH_COMPILE_DISABLE=1 python distill.py --resume --output "
+                             f"{shlex.quote(str(session.args.output))} ({one_line(error)})") from None

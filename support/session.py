@@ -61,6 +61,7 @@ class Session:
         if args.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it
         torch.use_deterministic_algorithms(args.deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # filling every new tensor only helps debugging
         args.precision = distributed.resolve_precision(args.precision, self.device)  # recorded, and kept on resume
         preset = f"preset {' + '.join(args.preset)}" if args.preset else "those of the paper"
         print(f"settings: {preset} and the flags given; learning rate {args.learning_rate:g}, {args.precision}")

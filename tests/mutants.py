@@ -239,6 +239,11 @@ MUTANTS = [
      "single_hidden"),
     ("support/distributed.py", "{1,2}", "+", "distill", "one_line"),
     ("support/session.py", "if 4 * len(self.heldout) > len(self.rows):", "if False:", "distill", "long_first"),
+    ("distill.py", 'return bool(head) and {"hidn", "emb"} <= self.alphas.keys()', "return False", "distill", "unused_parameters"),
+    ("support/distributed.py", "        index %= max(count, 1)", "        pass", "distributed", "share_gpus"),
+    ("support/distributed.py", "        return  # reading the indices", "        pass  # reading the indices", "distributed", "kept_units"),
+    ("support/fast.py", "            session.save(state)\n", "", "fast", "later_compilation"),
+    ("support/batches.py", "[to_device(tensor, device) for", "[tensor.to(device) for", "cuda", "pinned"),
     ("support/session.py", "args.batch_size * args.seq_length / 1e6", "args.batch_size / 1e6", "distill", "size_of_the_run"),
     ("support/session.py", "args.steps * args.batch_size / len(self.rows)", "args.steps / len(self.rows)", "distill", "time_left"),
     ("support/session.py", "ESTIMATE_AFTER * (args.steps - step)", "ESTIMATE_AFTER * args.steps", "distill", "time_left"),
@@ -250,8 +255,9 @@ MUTANTS = [
     ("pyproject.toml", '"torch>=2.13,<3"', '"torch>=2.14,<3"', "files", "pyproject"),
     ("pyproject.toml", '    "pyarrow>=18",\n', "", "files", "pyproject"),
     # devices and precision
-    ("data.py", "(t.pin_memory() if pin else t).to(device, non_blocking=True)", "t", "cuda", "right_device"),
-    ("data.py", "(t.pin_memory() if pin else t)", "t", "cuda", "pinned"),
+    ("support/distributed.py", "(tensor.pin_memory() if torch.device(device).type == \"cuda\" else tensor).to(device, non_blocking=True)",
+     "tensor", "cuda", "right_device"),
+    ("data.py", "to_device(tensor, device) for tensor", "tensor.to(device) for tensor", "cuda", "pinned"),
     ("prune.py", "torch.rand(len(m), generator=generator).to(m.device)", "torch.rand(len(m), generator=generator)", "cuda",
      "right_device"),
     ("prune.py", "device=parameters[name].device)", "device='cpu')", "cuda", "right_device"),
@@ -346,7 +352,7 @@ MUTANTS = [
      "compiled_losses"),
     ("support/fast.py", "allow_unspec_int_on_nn_module=True", "allow_unspec_int_on_nn_module=False", "fast", "nine_widths"),
     ("support/fast.py", ", optimize_ddp=False", "", "fast", "several_processes"),
-    ("support/fast.py", "use_duck_shape=False", "use_duck_shape=True", "fast", "nine_widths"),
+    ("support/fast.py", "patch(use_duck_shape=False)", "patch(use_duck_shape=True)", "fast", "nine_widths"),
     ("support/fast.py", "fullgraph=True, backend", "backend", "fast", "in_silence"),
     ("support/fast.py", "            undo.close()\n", "", "fast", "compiling_fails"),
     ("support/batches.py", "mask & (columns >=", "mask & (columns >", "finetune", "batches"),
@@ -355,7 +361,7 @@ MUTANTS = [
     ("experiments/experiment.py", ', "precision": "fp32"}', "}", "experiments", "tells_its_origin"),
     ("finetune.py", "with distributed.autocast(device, job.bf16):\n            logits.extend",
      "with distributed.autocast(device, False):\n            logits.extend", "finetune", "precision_of_the_job"),
-    ("finetune.py", "if before.get(name) != now[name]]:", "if False]:", "finetune", "finished_results"),
+    ("finetune.py", "if saved.get(name) != new[name]]:", "if False]:", "finetune", "finished_results"),
 ]
 
 

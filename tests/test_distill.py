@@ -824,6 +824,17 @@ def test_a_preset_is_printed_applied_and_recorded(run, capsys):
         "loss_pred", "loss_hidn", "loss_emb"}
 
 
+@pytest.mark.parametrize("alphas, expected", [
+    ({}, True), ({"mlm": 0.0}, True), ({"attn": 0.0}, True), ({"hidn": 0.0}, False), ({"emb": 0.0}, False),
+    ({"mlm": 0.0, "pred": 0.0}, False)])
+def test_ddp_looks_for_unused_parameters_only_if_there_are_some(folder, alphas, expected):
+    teacher, distiller = tiny_distiller(folder, ALPHAS | alphas)
+    batch = tiny_batch(folder)
+    distiller(batch, teacher(batch.input_ids, batch.positions, want_scores=True))["loss"].backward()
+    used = all(p.grad is not None for name, p in distiller.named_parameters() if "pooler" not in name)
+    assert used == distiller.uses_all_parameters() == expected
+
+
 def test_the_size_of_the_run_is_printed_before_anything_is_downloaded(tmp_path, capsys):
     """The paper's settings: 28,000 steps of 4,096 rows of 128 tokens."""
     code = distill.main(["--teacher", str(tmp_path / "missing"), "--device", "cpu", "--precision", "fp32"])

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from support import distributed
 from support.distributed import autocast, find_device, resolve_precision
+from support.errors import LocalError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -50,6 +51,26 @@ def test_attention_of_cudnn_is_off_on_a_gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
     torch.backends.cuda.enable_cudnn_sdp(True)
     assert find_device("auto") == GPU and not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize("world, local_rank, shared, expected", [
+    (1, 0, False, 1), (8, 1, False, 1), (8, 3, True, 1), (8, 3, False, None)])
+def test_processes_of_finetune_share_gpus_and_those_of_distill_do_not(monkeypatch, world, local_rank, shared, expected):
+    """Two GPUs, and --device cuda:1. A single process takes the one that is named."""
+    monkeypatch.setattr(distributed, "WORLD", world)
+    monkeypatch.setattr(distributed, "LOCAL_RANK", local_rank)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    if expected is None:
+        with pytest.raises(LocalError, match="would need CUDA device 3, but there are 2"):
+            find_device("cuda:1", shared)
+    else:
+        assert find_device("cuda:1", shared) == torch.device("cuda", expected)
+
+
+def test_a_single_process_does_not_read_the_kept_units():
+    """It would wait for the GPU. A tensor without memory cannot be read."""
+    distributed.check_same_units(1, {"hidden": torch.empty(3, device="meta", dtype=torch.int64)})
 
 
 def test_attention_in_bf16_on_a_cpu_agrees_with_torch():

@@ -36,10 +36,15 @@ from support import checkpoint as checkpoint_files
 from support import run_folder, session
 
 TORCH = "2.13"  # For another version compare the numbers in `pretend_cuda` with its C++ headers
-pytestmark = [
-    pytest.mark.skipif(not torch.__version__.startswith(f"{TORCH}."), reason=f"written for torch {TORCH}"),
-    pytest.mark.skipif(torch.cuda.is_available() or sys.platform != "linux", reason="needs Linux and no GPU")]
+needs_torch = pytest.mark.skipif(not torch.__version__.startswith(f"{TORCH}."), reason=f"written for torch {TORCH}")
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available() or sys.platform != "linux", reason="needs Linux and no GPU")
 aten = torch.ops.aten
+
+
+def test_these_tests_are_for_the_required_version_of_torch():
+    """Otherwise they would be skipped everywhere."""
+    assert f"torch=={TORCH}." in (ROOT / "requirements.txt").read_text()
+
 
 # ---- A GPU that does not exist -------------------------------------------------------------------------------
 
@@ -74,7 +79,7 @@ def pretend_cuda():
 class FakeGPU(FakeTensorMode):
     """Also answers when the program reads a number, pins memory, and checks lists, as those of a fused optimizer."""
 
-    pinned = 0  # tensors so far
+    pinned = 0  # tensors of this case so far
 
     def dispatch(self, function, types, args=(), kwargs=None):
         if function is aten._local_scalar_dense.default:
@@ -187,15 +192,15 @@ def main(folder: Path):
 
     def attempt(name: str, run):
         try:
+            FakeGPU.pinned = 0
             with FakeGPU(allow_non_fake_inputs=True):
                 code = run(folder)
-            errors[name] = f"exit code {code}" if code else None
+            errors[name] = f"exit code {code}" if code else None if FakeGPU.pinned else "no tensor was pinned"
         except Exception as error:
             errors[name] = f"{type(error).__name__}: {error}"[:400]
 
     for name, run in CASES.items():
         attempt(name, run)
-    errors["pinned"] = None if FakeGPU.pinned else "no tensor was pinned"
     session.evaluate = lambda *_: {}
     for name, (run, owner, attribute, fault) in FAULTS.items():
         real = getattr(owner, attribute)
@@ -224,15 +229,15 @@ def errors(tmp_path_factory, checkpoint, tokenizer, corpus) -> dict[str, str | N
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@needs_torch
+@needs_no_gpu
 @pytest.mark.parametrize("case", CASES)
-def test_every_tensor_is_on_the_right_device(errors, case):
+def test_every_tensor_is_on_the_right_device_and_batches_are_copied_from_pinned_memory(errors, case):
     assert errors[case] is None
 
 
-def test_batches_are_copied_from_pinned_memory(errors):
-    assert errors["pinned"] is None
-
-
+@needs_torch
+@needs_no_gpu
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_tensor_on_the_wrong_device_is_found(errors, fault):
     assert errors[fault] and "device" in errors[fault]
