@@ -4,13 +4,8 @@ Matmuls are in bf16, which changes neither KL nor masked-LM loss at the smaller 
 """
 
 import experiment
+from presets import ARMS
 
-ARMS = {
-    "paper's settings": {},
-    "preset compensated": {"preset": "compensated"},
-    "paper's settings, no masked-LM": {"alpha_mlm": 0},
-    "preset imitation (no masked-LM)": {"preset": "imitation"},
-}
 LONG = {"steps": 10_000, "eval_every": 1000, "precision": "bf16"}
 
 

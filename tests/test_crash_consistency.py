@@ -42,7 +42,7 @@ class Recorder:
         def recorded(name):
             def call(*args, **kwargs):
                 snapshot()
-                paths = [Path(os.readlink(f"/proc/self/fd/{args[0]}")) if name == "fsync" else Path(os.fspath(p))
+                paths = [self.path_of(args[0]) if name == "fsync" else Path(os.fspath(p))
                          for p in args[: 2 if name in ("rename", "replace") else 1]]
                 result = real[name](*args, **kwargs)
                 if paths[0].is_relative_to(self.root):
@@ -60,6 +60,11 @@ class Recorder:
         self.before = dict(self.known)
         self.finish = snapshot
         return self
+
+    def path_of(self, descriptor: int) -> Path:
+        inode = os.fstat(descriptor)
+        inside = (p for p in (self.root, *self.root.rglob("*")) if os.path.samestat(p.stat(), inode))
+        return next(inside, Path("outside"))
 
     def __exit__(self, *_):
         self.finish()
