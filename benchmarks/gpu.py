@@ -34,13 +34,16 @@ def require(truth, message: str):
         raise SystemExit(f"gpu.py: check failed on this device: {message}")
 
 
-def check_bf16(shape: str, device, system: str = "ours") -> dict:
+def check_bf16(shape: str, device, system: str = "ours", pruned: bool = False) -> dict:
     """Compare losses and sensitivities of one batch in bf16, by the compiled step if `system` is "compiled", with those
-    of the plain step in float32. Returns the largest differences."""
+    of the plain step in float32, with the whole student or with one `pruned` to its target shape. Returns the largest
+    differences."""
     batch = random_batch(shape, 16, device)
     losses, sensitivities = [], []
     for name, bf16 in (("ours", False), (system, True)):
         ours = build(shape, [name], device, bf16)[name]
+        if pruned:
+            ours.prune_to(ours.target_shape, ours.lineage)
         values = ours.losses(batch)
         values["loss"].backward()
         ours.accumulate_sensitivity()
@@ -128,7 +131,8 @@ def main(argv: list[str]) -> int:
     result, path = header(argv, device), args.results / "cuda-correctness.json"
     result["bf16"] = {shape: check_bf16(shape, device) for shape in ("small", "base")}
     write(path, result)  # after each check, in case the machine is lost
-    write(path, result := result | {"compiled": run_in_process(check_bf16, "small", device, "compiled")})
+    write(path, result := result | {"compiled": [run_in_process(check_bf16, "small", device, "compiled", pruned)
+                                                 for pruned in (False, True)]})
     check_prune("small", device)
     write(path, result := result | {"prune": "as on the CPU"})
     write(path, result := result | {"memory": check_memory("small", device)})

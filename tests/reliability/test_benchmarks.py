@@ -170,7 +170,7 @@ def test_the_kernels_of_attention_on_a_gpu_are_those_of_the_program(monkeypatch)
 
 
 def test_gpu_checks_pass_on_the_cpu_and_find_errors(monkeypatch, capsys):
-    gpu.check_bf16("toy", CPU)
+    assert gpu.check_bf16("toy", CPU) != gpu.check_bf16("toy", CPU, pruned=True)
     gpu.check_prune("toy", CPU)
     choose_units, calls = prune.choose_units, []
 
