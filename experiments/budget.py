@@ -28,4 +28,4 @@ def draw(result: dict):
 
 
 if __name__ == "__main__":
-    experiment.main("budget", __doc__, measure, draw, corpus="text to train on")
+    experiment.main("budget", __doc__, measure, draw, corpus="Text to train on.")

@@ -45,4 +45,4 @@ def draw(result: dict):
 
 
 if __name__ == "__main__":
-    experiment.main("chain", __doc__, measure, draw, corpus="text to train on")
+    experiment.main("chain", __doc__, measure, draw, corpus="Text to train on.")

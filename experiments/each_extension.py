@@ -34,4 +34,4 @@ def draw(result: dict):
 
 
 if __name__ == "__main__":
-    experiment.main("each_extension", __doc__, measure, draw, corpus="text to train on")
+    experiment.main("each_extension", __doc__, measure, draw, corpus="Text to train on.")

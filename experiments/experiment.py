@@ -224,7 +224,7 @@ def main(name: str, description: str, measure, draw, **required_flags: str):
     """The command line of an experiment. required_flags: name -> help, of what `measure` needs besides the seeds."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--draw", action="store_true", help="only draw the saved results")
+    parser.add_argument("--draw", action="store_true", help="Only draw the saved results.")
     for flag, text in required_flags.items():
         parser.add_argument(f"--{flag}", required="--draw" not in sys.argv, help=text)
     args = parser.parse_args()

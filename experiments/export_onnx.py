@@ -119,9 +119,9 @@ def check(student: Student, paths: list[Path]) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("student", help="folder of a checkpoint")
-    parser.add_argument("output", type=Path, help="the .onnx file")
-    parser.add_argument("--int8", action="store_true", help="also write a quantized file, which ends in .int8.onnx")
+    parser.add_argument("student", help="Folder of a checkpoint.")
+    parser.add_argument("output", type=Path, help="The .onnx file to write.")
+    parser.add_argument("--int8", action="store_true", help="Also write a quantized file, which ends in .int8.onnx.")
     args = parser.parse_args(argv)
     paths = [args.output, args.output.with_suffix(".int8.onnx")][: 1 + args.int8]
     try:

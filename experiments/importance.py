@@ -23,4 +23,4 @@ def draw(result: dict):
 
 
 if __name__ == "__main__":
-    experiment.main("importance", __doc__, measure, draw, corpus="text to train on")
+    experiment.main("importance", __doc__, measure, draw, corpus="Text to train on.")

@@ -39,4 +39,4 @@ def draw(result: dict):
 
 
 if __name__ == "__main__":
-    experiment.main("losses", __doc__, measure, draw, corpus="text to train on")
+    experiment.main("losses", __doc__, measure, draw, corpus="Text to train on.")

@@ -21,10 +21,10 @@ def scores(encoder: str, tasks) -> dict[str, float]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("encoders", nargs="+", help="sentence-transformers folders or names in the hub")
+    parser.add_argument("encoders", nargs="+", help="Sentence-transformers folders or hub names.")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--tasks", nargs="+", default=TASKS, help="names of tasks")
-    what.add_argument("--benchmark", help="name of a benchmark, in place of tasks")
+    what.add_argument("--tasks", nargs="+", default=TASKS, help="Names of tasks.")
+    what.add_argument("--benchmark", help="Name of a benchmark, in place of tasks.")
     args = parser.parse_args()
     try:
         tasks = mteb.get_benchmark(args.benchmark).tasks if args.benchmark else mteb.get_tasks(args.tasks)

@@ -64,8 +64,8 @@ def draw(runs: list[Path]):
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders of distill.py")
-    parser.add_argument("--output", type=Path, default=Path("run.png"), help="picture [%(default)s]")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="Run folders of distill.py.")
+    parser.add_argument("--output", type=Path, default=Path("run.png"), help="Picture to write. [%(default)s]")
     args = parser.parse_args(argv)
     try:
         draw(args.runs).savefig(args.output, dpi=160)

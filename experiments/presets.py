@@ -59,5 +59,5 @@ def draw(result: dict):
 
 
 if __name__ == "__main__":
-    experiment.main("presets", __doc__, measure, draw, teacher="folder of the teacher", corpus="text to train on",
-                    data="folder of GLUE")
+    experiment.main("presets", __doc__, measure, draw, teacher="Folder of the teacher.", corpus="Text to train on.",
+                    data="Folder of GLUE.")

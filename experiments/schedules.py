@@ -44,4 +44,4 @@ def draw(result: dict):
 
 
 if __name__ == "__main__":
-    experiment.main("schedules", __doc__, measure, draw, corpus="text to train on")
+    experiment.main("schedules", __doc__, measure, draw, corpus="Text to train on.")

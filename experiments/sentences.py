@@ -134,4 +134,4 @@ def draw(result: dict):
 
 if __name__ == "__main__":
     experiment.main("sentences", __doc__, measure, draw, teacher="folder of all-MiniLM-L6-v2",
-                    corpus="text to train on", data="folder of STS-B")
+                    corpus="Text to train on.", data="folder of STS-B")

@@ -31,7 +31,7 @@ def write_events(run: Path, events: list[dict]):
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders of distill.py")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="Run folders of distill.py.")
     args = parser.parse_args(argv)
     try:
         logs = [read_log(run) for run in args.runs]  # a wrong folder is reported before anything is written

@@ -101,14 +101,15 @@ def masked_lm_loss(bert: Bert, batch, precision: str) -> torch.Tensor:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--encoder", help="folder or hub name of a BERT to train further, with a new masked-LM head "
-                        "if it has none (default: a new, small BERT with its own vocabulary)")
-    parser.add_argument("--corpus", nargs="+", default=["demo"], help="training text, as for distill.py")
-    parser.add_argument("--corpus-tokens", type=COUNT, default=math.inf, help="as for distill.py")
-    parser.add_argument("--learning-rate", type=NONNEGATIVE, default=2e-3, help="its peak (default: %(default)s)")
+    parser.add_argument("--encoder", help="Folder or hub name of a BERT to train further; it gets a masked-LM head "
+                        "if it has none. Default: a new, small BERT with its own vocabulary.")
+    parser.add_argument("--corpus", nargs="+", default=["demo"], help="Training text, as for distill.py. [demo]")
+    parser.add_argument("--corpus-tokens", type=COUNT, default=math.inf, help="Stop reading the corpus after this many "
+                        "training tokens, as in distill.py. Default: the whole corpus.")
+    parser.add_argument("--learning-rate", type=NONNEGATIVE, default=2e-3, help="Peak learning rate. [%(default)s]")
     parser.add_argument("--minutes", type=number(float, 1e-3, 1e6), default=60,
-                        help="training time (default: %(default)s)")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the teacher and the token cache")
+                        help="Training time in minutes. [%(default)s]")
+    parser.add_argument("--output", type=Path, required=True, help="Folder for the teacher and the token cache.")
     args = parser.parse_args()
     if (args.output / "config.json").exists():
         raise InputError(f"--output {args.output} holds a model: choose another folder")
