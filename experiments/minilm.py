@@ -197,5 +197,5 @@ def draw(result: dict):
 
 
 if __name__ == "__main__":
-    experiment.main("minilm", __doc__, measure, draw, teacher="folder of all-MiniLM-L6-v2", corpus="Text to train on.",
-                    data="folder of STS-B", squad="training part of SQuAD 1.1")
+    experiment.main("minilm", __doc__, measure, draw, teacher="Folder of all-MiniLM-L6-v2.", corpus="Text to train on.",
+                    data="Folder of STS-B.", squad="Training part of SQuAD 1.1.")

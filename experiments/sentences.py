@@ -133,5 +133,5 @@ def draw(result: dict):
 
 
 if __name__ == "__main__":
-    experiment.main("sentences", __doc__, measure, draw, teacher="folder of all-MiniLM-L6-v2",
-                    corpus="Text to train on.", data="folder of STS-B")
+    experiment.main("sentences", __doc__, measure, draw, teacher="Folder of all-MiniLM-L6-v2.",
+                    corpus="Text to train on.", data="Folder of STS-B.")
