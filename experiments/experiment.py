@@ -164,11 +164,12 @@ def mean_and_deviation(values: list[float]) -> tuple[float, float]:
 
 DPI = 160
 OURS, PAPER, OTHER, GREY = "#D55E00", "#0072B2", "#AA4499", "#707070"  # the same in all pictures, colour-blind-safe
-COLOURS = {**dict.fromkeys(("iterative, t_f = 0.7 T", "all losses", "paper's settings",
+COLOURS = {"iterative, t_f = 0.3 T": "#56B4E9",  # a lighter blue
+           **dict.fromkeys(("iterative, t_f = 0.7 T", "all losses", "paper's settings",
                             "paper's settings, no masked-LM", "gradually (paper's settings)"), PAPER),
            **dict.fromkeys(("single prune at T/30", "at once"), OTHER),
            **dict.fromkeys(("preset compensated", "preset imitation (no masked-LM)", "at once, aligned heads",
-                            "at once, compensated", "at once, both"), OURS)}
+                            "at once, compensated", "at once, both", "single prune, both extensions"), OURS)}
 LABELS = {"kl": "KL to the teacher (nats)", "masked_lm_loss": "held-out masked-LM loss (nats)"}
 matplotlib.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
                             "axes.titlesize": "medium"})

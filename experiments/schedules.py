@@ -1,45 +1,57 @@
 """Held-out KL to the teacher over training, under different schedules and starting points (HomoDistil, figure 2).
 
 Iterative pruning with t_f from 0.3 T to 0.9 T, a linear instead of the cubic schedule, everything pruned at once, and
-students that start at their final shape, truncated or with random weights. Same steps, same data.
+students that start at their final shape, truncated or with random weights. Same steps, same data. To half and to a
+quarter of the width; to a quarter also with our extensions.
 """
 
 import statistics
 
 import experiment
 
-ARMS = {
+ITERATIVE = {
     "iterative, t_f = 0.3 T": {"prune_end": 0.3},
     "iterative, t_f = 0.7 T": {},
-    "iterative, t_f = 0.9 T": {"prune_end": 0.9},
-    "linear, t_f = 0.7 T": {"prune_power": 1},
+}
+START_OR_END = {
     "single prune at T/30": experiment.SINGLE,
     "truncated teacher": {"init": "truncated"},
-    "random weights": {"init": "random"},
 }
-DRAWN = {  # arm -> label, and where it stands
-    "iterative, t_f = 0.7 T": ("iterative pruning\n(steps 0 to 700)", (210, 0.26)),
-    "single prune at T/30": ("single\nprune\n(step 33)", (5, 0.93)),
-    "truncated teacher": ("truncated teacher\n(its first units)", (92, 1.55)),
-    "random weights": ("random weights", (480, 1.86)),
-}
+EXTENSIONS = {"single prune, both extensions": {"preset": "compensated"}}
+HALF = ITERATIVE | {
+    "iterative, t_f = 0.9 T": {"prune_end": 0.9},
+    "linear, t_f = 0.7 T": {"prune_power": 1},
+} | START_OR_END | {"random weights": {"init": "random"}} | EXTENSIONS
+QUARTER = ITERATIVE | START_OR_END | {
+    "iterative, t_f = 0.3 T, both extensions": {"prune_end": 0.3, "align_heads": True, "compensate": True},
+} | EXTENSIONS
+WIDTHS = {"rows": 128, "other_rows": 64}
+RATES = 1e-3, 4e-3  # to compare schedules at their best learning rate: the default is 2e-3
+DRAWN = {*START_OR_END, *ITERATIVE, *EXTENSIONS, "random weights"}
 
 
 def measure(args) -> dict:
-    return {"rows": experiment.compare(ARMS, args.seeds, args.corpus)}
+    quarter = {arm: flags | {"target_width": WIDTHS["other_rows"]} for arm, flags in QUARTER.items()}
+    other_rates = {f"{arm}, learning rate {rate:g}": quarter[arm] | {"learning_rate": rate}
+                   for arm in ("iterative, t_f = 0.3 T", "single prune at T/30") for rate in RATES}
+    half, quarter = (experiment.compare(arms, args.seeds, args.corpus) for arms in (HALF, quarter))
+    return {"rows": half, "other_rows": quarter + experiment.compare(other_rates, [0], args.corpus)}
 
 
 def draw(result: dict):
-    rows = experiment.rows_of(result["rows"])
-    figure, axis = experiment.panels(
-        "Pruned gradually, the student is closer to its teacher at first, but not at the end",
-        f"256 → 128, {experiment.BUDGET}; {experiment.over_seeds(result['rows'], 'range')}", 1, 4.8)
-    experiment.plot_curves(axis, [row for arm in DRAWN for row in rows[arm]])
-    for arm, (text, where) in DRAWN.items():
-        axis.text(*where, text, color=experiment.COLOURS.get(arm, experiment.GREY), va="center")
-    iterative, single = (statistics.fmean(row["kl"][-1] for row in rows[arm]) for arm in list(DRAWN)[:2])
-    axis.text(1000, 0.12, f"at the end: iterative {iterative:.2f}, single prune {single:.2f}", ha="right")
-    axis.set(xlim=(0, 1015), ylim=(0, 2.8))
+    figure, axes = experiment.panels(
+        "The more is pruned, the more gradual pruning helps, and our extensions",
+        f"{experiment.BUDGET}; {experiment.over_seeds(result['rows'], 'range')}", 2, 4.8, sharey=True)
+    for axis, (name, width) in zip(axes, WIDTHS.items(), strict=True):
+        rows = [row for row in result[name] if row["arm"] in DRAWN]
+        experiment.plot_curves(axis, rows)
+        ends = [statistics.fmean(row["kl"][-1] for row in rows if row["arm"] == arm) for arm in (
+            "single prune at T/30", "iterative, t_f = 0.3 T", "single prune, both extensions")]
+        axis.set(xlim=(0, 1015), ylim=(0, 2.8), title="256 → {}; at the end: single prune {:.3f},\n"
+                 "t_f = 0.3 T {:.3f}, both extensions {:.3f}".format(width, *ends))
+    axes[0].text(480, 1.9, "random weights", color=experiment.GREY)
+    axes[1].set_ylabel("")
+    axes[1].legend(frameon=False)
     return figure
 
 

@@ -345,9 +345,11 @@ def test_a_picture_stands_in_the_documentation_and_is_at_most_1000_pixels_wide(n
 def test_every_arm_of_an_experiment_has_valid_flags():
     from distill import parse_arguments
 
-    schedules, losses, extensions, budget = map(
-        importlib.import_module, ("schedules", "losses", "each_extension", "budget"))
-    arms = schedules.ARMS, losses.ARMS, extensions.ARMS, extensions.NO_MASKED_LM, budget.ARMS, {"long": budget.LONG}
+    schedules, losses, extensions, budget, third = map(
+        importlib.import_module, ("schedules", "losses", "each_extension", "budget", "third"))
+    arms = (schedules.HALF, schedules.QUARTER, losses.ARMS, extensions.ARMS, extensions.NO_MASKED_LM, budget.ARMS,
+            *(arms | {"rate": rate} for rate, arms in third.RUNS.values()),
+            {"ten times": budget.LONG})
     for flags in itertools.chain(*(each.values() for each in arms)):
         words = []
         for name, value in flags.items():
