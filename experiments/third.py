@@ -1,10 +1,10 @@
 """The schedules with a larger teacher, to a third of its width, with two learning rates."""
 
 import experiment
-from schedules import EXTENSIONS, ITERATIVE, START_OR_END
+from schedules import ITERATIVE, START_OR_END
 
 RUNS = {  # with two learning rates
-    "rows": ({"learning_rate": 2e-3}, ITERATIVE | {"single prune at T/30": experiment.SINGLE} | EXTENSIONS),
+    "rows": ({"learning_rate": 2e-3}, ITERATIVE | {"single prune at T/30": experiment.SINGLE}),
     "other_rows": ({"learning_rate": 1e-3}, ITERATIVE | START_OR_END)}
 
 
