@@ -1,5 +1,7 @@
 """The schedules with a larger teacher, to a third of its width, with two learning rates."""
 
+import statistics
+
 import experiment
 from schedules import ITERATIVE, START_OR_END
 
@@ -19,7 +21,9 @@ def draw(result: dict):
         "6 × 384 → 128, 1,000 steps of 8 x 128 tokens of Wikipedia; " + experiment.over_seeds(result["rows"], "range"),
         1, 4.5)
     experiment.plot_curves(axis, result["rows"])
-    axis.set(xlim=(0, 1015), ylim=(0, 3.5))
+    ends = (f"{arm} {statistics.fmean(row['kl'][-1] for row in rows):.3f}"
+            for arm, rows in experiment.rows_of(result["rows"]).items())
+    axis.set(xlim=(0, 1015), ylim=(0, 3.5), title=f"at the end: {', '.join(ends)}")
     axis.legend(frameon=False)
     return figure
 
