@@ -23,16 +23,8 @@ import data
 import distill
 import prune
 from model import Bert, BertConfig
-from support import corpus, session
-from support.checkpoint import (
-    SPECIAL_TOKENS,
-    load_config,
-    load_model,
-    load_tokenizer,
-    save_model,
-    save_tokenizer,
-    wordpiece_tokenizer,
-)
+from support import checkpoint, corpus, session
+from support.checkpoint import load_config, load_model, load_tokenizer, save_model, save_tokenizer
 from support.corpus import tokenise
 from support.evaluation import evaluate
 from support.flags import DATA_FLAGS, EVALUATION_FLAGS, RUN_FLAGS, WIKIPEDIA
@@ -49,8 +41,8 @@ def folder(tmp_path_factory) -> Path:
     """`teacher`, with pooler and masked-LM head; `headless`, without the head; and `text.txt` of 60 documents."""
     folder = tmp_path_factory.mktemp("tiny")
     letters = "abcdefghijklmnopqrstuvwxyz"
-    words = [*SPECIAL_TOKENS, *letters, *(f"##{c}" for c in letters), ".", "the", "of", "and"]
-    tokenizer = wordpiece_tokenizer({word: i for i, word in enumerate(words)})
+    words = [*checkpoint.SPECIAL_TOKENS, *letters, *(f"##{c}" for c in letters), ".", "the", "of", "and"]
+    tokenizer = checkpoint.wordpiece_tokenizer({word: i for i, word in enumerate(words)})
     torch.manual_seed(0)
     for name, head in (("teacher", True), ("headless", False)):
         (folder / name).mkdir()
