@@ -174,7 +174,7 @@ class Session:
         args = self.args
         print(f"{args.teacher}: {self.teacher.parameter_count() / 1e6:.1f} M parameters, D F H K "
               f"{tuple(self.teacher_shape)} -> {tuple(self.target_shape)}")
-        print(f"{args.steps * args.batch_size / len(self.rows):.1f} passes over the corpus of {len(self.rows):,} rows "
+        print(f"{args.steps * args.batch_size / len(self.rows):.2f} passes over the corpus of {len(self.rows):,} rows "
               f"({len(self.heldout):,} more are held out)")
         if 4 * len(self.heldout) > len(self.rows):
             print("more than a fifth of the text is held out: documents stay whole, and one is long (in .txt, a blank "
