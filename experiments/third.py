@@ -3,10 +3,10 @@
 import statistics
 
 import experiment
-from schedules import ITERATIVE, START_OR_END
+from schedules import EXTENSIONS, ITERATIVE, START_OR_END
 
 RUNS = {  # with two learning rates
-    "rows": ({"learning_rate": 2e-3}, ITERATIVE | {"single prune at T/30": experiment.SINGLE}),
+    "rows": ({"learning_rate": 2e-3}, ITERATIVE | {"single prune at T/30": experiment.SINGLE} | EXTENSIONS),
     "other_rows": ({"learning_rate": 1e-3}, ITERATIVE | START_OR_END)}
 
 
