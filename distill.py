@@ -77,7 +77,7 @@ METHOD_FLAGS = (
     Flag("--granularity", 8, COUNT, "Hidden dimensions, and dimensions of each head, pruned at a time; 4 times as many "
          "feed-forward neurons (our choice)."),
     Flag("--importance", "sensitivity", ("sensitivity", "platon", "magnitude", "random"), "Pruning criterion. "
-         "Our choice: sensitivity; others say that the paper used platon."),
+         "Our choice: sensitivity. Another paper says that HomoDistil used platon."),
     Flag("--sensitivity-decay", 0.9, number(float, 0, 0.9999), "Decay of the sensitivities' moving average per step "
          "(our choice: about ten steps, which steadies the ranking)."),
     Flag("--init", "teacher", ("teacher", "truncated", "random"), "Where the student starts: as the teacher or, for "
@@ -100,7 +100,7 @@ def vocabulary_losses(student_logits, teacher_logits, labels, temperature: float
     """
     log_q, log_p = (F.log_softmax(logits.float(), dim=-1) for logits in (student_logits, teacher_logits))
     masked_lm = F.nll_loss(log_q, labels)
-    if temperature != 1:  # the softmax does not change if a constant, here log sum exp, is taken from the logits
+    if temperature != 1:  # log-probabilities serve as logits: they differ by a constant, which softmax ignores
         log_q, log_p = (F.log_softmax(log_probs / temperature, dim=-1) for log_probs in (log_q, log_p))
     return masked_lm, F.kl_div(log_q, log_p, log_target=True, reduction="batchmean") * temperature**2
 

@@ -3,11 +3,11 @@
 import statistics
 
 import experiment
-from schedules import EXTENSIONS, ITERATIVE, START_OR_END
+from schedules import EXTENSIONS, ITERATIVE, SINGLE, TRUNCATED
 
-RUNS = {  # with two learning rates
-    "rows": ({"learning_rate": 2e-3}, ITERATIVE | {"single prune at T/30": experiment.SINGLE} | EXTENSIONS),
-    "other_rows": ({"learning_rate": 1e-3}, ITERATIVE | START_OR_END)}
+RUNS = {
+    "rows": ({"learning_rate": 2e-3}, ITERATIVE | SINGLE | EXTENSIONS),
+    "other_rows": ({"learning_rate": 1e-3}, ITERATIVE | SINGLE | TRUNCATED)}
 
 
 def measure(args) -> dict:

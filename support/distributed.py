@@ -93,7 +93,7 @@ def tune_malloc():
 
 
 def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """A copy on the device. The program waits for copies to a GPU unless they are from pinned memory."""
+    """The tensor on the device. The program waits for copies to a GPU unless they are from pinned memory."""
     return (tensor.pin_memory() if torch.device(device).type == "cuda" else tensor).to(device, non_blocking=True)
 
 

@@ -68,8 +68,8 @@ RUN_FLAGS = (
     Flag("--resume", False, bool, "Resume the run in --output with its original flags, from its last checkpoint."),
     Flag("--save-minutes", 15.0, NONNEGATIVE, "Minutes between checkpoints."),
     Flag("--micro-batch-size", None, COUNT, "Rows that a process computes at a time; fewer need less memory. Another "
-         "number draws other dropout and noise; else results differ by rounding only. Default: what fits into half of "
-         "the GPU's free memory, or of its total memory with --deterministic; at most 64 on a CPU."),
+         "value draws other dropout and noise; otherwise results differ by rounding only. Default: what fits into half "
+         "of the GPU's free memory, or of its total memory with --deterministic; at most 64 on a CPU."),
     Flag("--seed", 0, number(int, 0, 2**32 - 1), "Seed of everything random: row order, masks, dropout, noise."),
     Flag("--device", "auto", str, "cpu, cuda or cuda:N. auto uses a GPU if there is one."),
     Flag("--precision", "auto", ("auto", "fp32", "bf16"), "Precision of matmuls. auto is bf16 on GPUs "

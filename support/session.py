@@ -260,8 +260,7 @@ class Session:
         self.progress.update()
         if len(self.step_seconds) == ESTIMATE_AFTER and not is_final:
             left = datetime.timedelta(seconds=round(sum(self.step_seconds) / ESTIMATE_AFTER * (args.steps - step)))
-            self.progress.write(f"about {left} left, or less, because steps get faster as the student shrinks; "
-                                "with fewer --steps the run is shorter")
+            self.progress.write(f"about {left} left, less as the student shrinks; for a shorter run use fewer --steps")
         if step % args.log_every == 0 or is_final:
             self.log_training(state, losses, rate, gradient_norm)
         if step % (args.eval_every or max(1, args.steps // 10)) == 0 and not is_final:
