@@ -437,6 +437,7 @@ def test_every_setting_of_the_training_changes_the_student(run, plain, flags):
 
 def test_deterministic_is_passed_on_to_torch(run, monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)  # torch's default
     seen, rate = [], distill.learning_rate
     monkeypatch.setattr(distill, "learning_rate", lambda *a: seen.append(torch.are_deterministic_algorithms_enabled())
                         or rate(*a))
@@ -444,6 +445,7 @@ def test_deterministic_is_passed_on_to_torch(run, monkeypatch):
         seen.clear()
         assert run(*flags, *FEW_EVALUATIONS)[0] == 0 and seen == [expected] * 6
     assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
+    assert not torch.utils.deterministic.fill_uninitialized_memory
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_in_one_line(run, capsys):
