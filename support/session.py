@@ -35,12 +35,17 @@ FIT_SENTENCES, REPORT_SENTENCES = 8192, 1000
 @contextlib.contextmanager
 def graceful_stop():
     """`with graceful_stop() as received`: the number of the first SIGTERM or Ctrl-C is put into the list `received`, so
-    that the loop can save and stop. A second one ends the process at once."""
+    that the loop can save and stop. A second one ends the process at once, so a message says that the first was
+    received: a step or an evaluation can take minutes."""
     received: list[int] = []
     with contextlib.ExitStack() as previous_handlers:
         def remember(number, frame):
             received.append(number)
             previous_handlers.close()  # restores them
+            if RANK == 0:
+                # print is not safe here, because the signal may have interrupted another print
+                os.write(2, b"\nsaving and stopping after this micro-batch or evaluation; a second signal ends the run "
+                            b"at once, without saving\n")
 
         for number in (signal.SIGTERM, signal.SIGINT):
             previous_handlers.callback(signal.signal, number, signal.signal(number, remember))

@@ -351,7 +351,7 @@ def test_a_signal_stops_before_the_next_micro_batch_and_saves_the_last_finished_
     assert_same_end(tmp_path / "my run", runs.undisturbed("--micro-batch-size", 4))
 
 
-def test_a_second_signal_ends_the_process_at_once():
+def test_a_signal_is_answered_at_once_and_a_second_one_ends_the_process(capfd):
     before = signal.getsignal(signal.SIGINT)  # in the background of a shell it is ignored
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -359,6 +359,7 @@ def test_a_second_signal_ends_the_process_at_once():
             assert not received
             os.kill(os.getpid(), signal.SIGINT)
             assert received == [signal.SIGINT] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+            assert "saving and stopping after this micro-batch or evaluation" in capfd.readouterr().err
             os.kill(os.getpid(), signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, before)
