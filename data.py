@@ -82,10 +82,11 @@ class MaskedRows:
         blocks_per_row = -(-(s + 2 * m) // 4)  # Philox can jump to `first`, in blocks of four numbers
         generator = np.random.Philox(key=[seed, step]).advance(first * blocks_per_row)
         uniform = np.random.Generator(generator).random((b, 4 * blocks_per_row))
-        uniform = uniform[:, 1 : s - 1 + 2 * m]  # (B,S-2+2m); the first number of a row is not used
+        uniform = uniform[:, 1 : s - 1 + 2 * m]  # (B,S-2+2m); a first number is skipped, as in earlier runs
         chosen, action, word = np.split(uniform, [s - 2, s - 2 + m], axis=1)  # (B,S-2), (B,m), (B,m)
 
-        columns = 1 + np.sort(np.argpartition(chosen, m - 1, axis=1)[:, :m], axis=1)  # (B,m), never [CLS] or [SEP]
+        # The m smallest are masked: (B,m), never [CLS] or [SEP].
+        columns = 1 + np.sort(np.argpartition(chosen, m - 1, axis=1)[:, :m], axis=1)
         positions = (columns + np.arange(b)[:, None] * s).ravel()  # (B,m) -> (M,)
         labels = ids.ravel()[positions]  # (M,)
         word = (word.ravel() * self.vocab_size).astype(np.int64)  # (B,m) -> (M,), random tokens

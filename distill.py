@@ -111,9 +111,9 @@ def mean_mse(student: list[torch.Tensor], teacher: list[torch.Tensor]):
 
 
 def ranking_loss(student: Output, labels):
-    """A loss whose gradient ranks the units while all distillation losses are zero [ours]: L_MLM or, without a head,
-    the mean squared error between the last output and a noisy copy of it. The latter's gradient is that of a Gaussian
-    likelihood at a sampled target, as in the Fisher information."""
+    """A loss that only ranks the units, while all distillation losses are zero [ours]: L_MLM or, without a head, the
+    mean squared error between the last output and a noisy copy of it. No weight is trained on it. The latter's gradient
+    is that of a Gaussian likelihood at a sampled target, as in the Fisher information."""
     if student.logits is not None:
         return F.cross_entropy(student.logits.float(), labels)
     output = student.hidden[-1].float()  # (B,S,D)
@@ -188,13 +188,13 @@ class TrainingState:
     engine: nn.Module | None = None  # the distiller, wrapped for several processes
 
     def wrap(self):
-        self.engine = None  # frees the parameters of their earlier size, which it still holds
+        self.engine = None  # the old wrapper holds the parameters from before the prune; free them first
         self.engine = distributed.wrap_ddp(self.distiller, self.distiller.uses_all_parameters())
 
 
 def initial_state(args: argparse.Namespace, session: Session) -> TrainingState:
-    """The student: a copy of the teacher, what --init asks for, or what the checkpoint to resume from holds. Raises
-    InputError."""
+    """The state before the first step, with a copy of the teacher or what --init asks for as the student; or the state
+    in the checkpoint to resume from. Raises InputError."""
     alphas = {name: getattr(args, f"alpha_{name}") for name in ("mlm", "pred", "hidn", "emb", "attn", "pool")}
     if session.teacher.cls is None:
         print(f"{args.teacher} has no masked-LM head, so the student gets none: L_MLM, L_pred and masks are off")
@@ -250,14 +250,15 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
 
 
 def losses_and_gradients(session: Session, state: TrainingState, batch: data.Batch, fraction: float, is_last: bool,
-                         ranking_only: bool) -> dict[str, torch.Tensor]:
+                         ranking: bool) -> dict[str, torch.Tensor]:
     """Add the gradients of one micro-batch, `fraction` of the global batch, and return its share of the losses.
     Several processes average their gradients in the last micro-batch."""
     with distributed.sync_only_if(state.engine, is_last):
         with session.autocast():
             with torch.no_grad():
-                target = session.teacher(batch.input_ids, batch.positions, want_scores="attn" in state.distiller.alphas)
-            losses = state.engine(batch, target, ranking_only)
+                teacher = session.teacher(batch.input_ids, batch.positions,
+                                          want_scores="attn" in state.distiller.alphas)  # its Output
+            losses = state.engine(batch, teacher, ranking)
         (losses["loss"] * fraction * distributed.WORLD).backward()  # DDP averages over the WORLD; this makes it a sum
     return {name: loss.detach() * fraction for name, loss in losses.items()}
 
@@ -270,13 +271,13 @@ def distill(args: argparse.Namespace, session: Session, state: TrainingState):
     while state.step < args.steps:
         # 1. Losses and gradients, one micro-batch at a time. In a student that equals the teacher only L_MLM has a
         #    gradient. If it is off, `ranking_loss` ranks the units until the first prune, and AdamW waits.
-        ranking_only = "mlm" not in distiller.alphas and state.shape == session.teacher_shape
+        ranking = "mlm" not in distiller.alphas and state.shape == session.teacher_shape
         losses: dict[str, torch.Tensor] = {}
         for batch, fraction, is_last in session.micro_batches(state):
-            part = losses_and_gradients(session, state, batch, fraction, is_last, ranking_only)
+            part = losses_and_gradients(session, state, batch, fraction, is_last, ranking)
             losses = {name: losses.get(name, 0.0) + value for name, value in part.items()}
 
-        # 2. Importance, while the gradients are complete and not clipped and the weights are those they belong to.
+        # 2. Importance, from complete, unclipped gradients and the weights at which they were taken.
         if state.shape != session.target_shape:
             prune.accumulate_importance(args.importance, state.statistics, distiller.student, args.sensitivity_decay)
 
@@ -288,7 +289,7 @@ def distill(args: argparse.Namespace, session: Session, state: TrainingState):
         rate = learning_rate(state.step, args.steps, args.learning_rate, args.warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        if not ranking_only:
+        if not ranking:
             optimizer.step()
         optimizer.zero_grad()
 
@@ -302,7 +303,8 @@ def distill(args: argparse.Namespace, session: Session, state: TrainingState):
                 keep = prune.choose_units(importance, state.shape, new_shape)
                 distributed.check_same_units(state.step + 1, keep)
                 if args.compensate:
-                    compensate(distiller, keep, fit_batches(session, max(map(len, keep.values())), state.step + 1))
+                    largest = max(map(len, keep.values()))  # units that one group keeps
+                    compensate(distiller, keep, fit_batches(session, largest, state.step + 1))
                 prune.prune_units(distiller, keep, new_shape, optimizer, (state.lineage, *state.statistics.values()))
                 state.shape = new_shape
                 if new_shape == session.target_shape:

@@ -1,9 +1,9 @@
 """BERT (Devlin et al., 2019) with explicit widths, so that it can be pruned while it is trained.
 
-Every weight but the decoder bias sits in one of three layers, Linear, Embedding and LayerNorm. They read their widths
-from their weights, which prune.py slices. The inner width of attention (H*K) is independent of the hidden size D,
-because between two prunes D need not be a multiple of H. Modules are named as in `transformers`, so a state dict of
-this model is a standard checkpoint; support/checkpoint.py loads and saves it.
+Every weight but the decoder bias sits in a Linear, an Embedding or a LayerNorm. These read their widths from their
+weights, which prune.py slices. The inner width of attention (H*K) is independent of the hidden size D, because while a
+model is being pruned D need not be a multiple of H. Modules are named as in `transformers`, so a state dict of this
+model is a standard checkpoint; support/checkpoint.py loads and saves it.
 
 Shape letters, the same in every file:
     B batch         S sequence     D hidden size   H heads   K head size   F intermediate (feed-forward) size
@@ -28,7 +28,7 @@ ACTIVATIONS = {
 class BertConfig:
     """The shape of a BERT, with the field names of the standard config.json.
 
-    `attention_head_size` (K) defaults to D // H. It differs from that only between two prunes.
+    `attention_head_size` (K) defaults to D // H. It differs from that only while the model is being pruned.
     """
 
     vocab_size: int
@@ -215,7 +215,7 @@ class MaskedLMHead(nn.Module):
 class Output:
     """What the losses need. Each of `scores` is None unless requested; `logits` is None without positions or head."""
 
-    embedding: torch.Tensor  # (B,S,D)
+    embedding: torch.Tensor  # (B,S,D), after its LayerNorm
     hidden: list[torch.Tensor]  # L times (B,S,D)
     scores: list[torch.Tensor | None]  # L times (B,S,S): before the softmax, averaged over the heads
     logits: torch.Tensor | None  # (M,V)

@@ -66,8 +66,8 @@ def tensor_axes(model: nn.Module) -> dict[str, dict[int, str]]:
 
 
 def teacher_indices(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The lineage of an unpruned model: group -> (units,) int64, the teacher index of every unit. Prunes slice it like
-    the weights. With --align-heads these are indices in the aligned teacher."""
+    """The lineage before any prune: group -> (units,) int64, the teacher's index of every unit. Each prune slices it
+    along with the weights. With --align-heads the teacher is the aligned one."""
     parameters = dict(model.named_parameters())
     return {group: torch.arange(parameters[name].shape[axis], device=parameters[name].device)
             for name, axes in tensor_axes(model).items() for axis, group in axes.items()}
@@ -75,15 +75,14 @@ def teacher_indices(model: nn.Module) -> dict[str, torch.Tensor]:
 
 # ---- How important each unit is ------------------------------------------------------------------------------
 
-PLATON_DECAY = 0.85  # of both averages, every step; PLATON's scripts: 0.85 and 0.65 to 0.95, every 10 steps
+PLATON_DECAY = 0.85  # of both averages of "platon", in every step; its authors' scripts average every tenth step
 
 
 def sum_per_unit(bert: Bert, scores: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Sum the scores of all weights of each unit: group -> (units,).
 
     scores: (name, tensor of the parameter's shape) of each trained parameter. A weight of a matrix counts for the unit
-    of its row and for the unit of its column. The pooler is not trained and does not count, nor do the projections,
-    which are not part of the student.
+    of its row and for the unit of its column. The projections do not count: they are not part of the student.
     """
     axes = tensor_axes(bert)
     sums: dict[str, torch.Tensor] = {}
@@ -166,10 +165,10 @@ def scheduled_shape(step: float, start: float, end: float, teacher: Shape, targe
                     power: float = 3) -> Shape:
     """The shape after `step` steps of the schedule, which is cubic if power is 3 (HomoDistil, section 3.2).
 
-    Every width is r(t) = r_f + (1 - r_f) fraction_to_prune(t) times the teacher's; r_f gives the target's. The number
-    of pruned units is rounded to a multiple of `granularity` for hidden and head sizes (attention kernels want K to be
-    a multiple of 8), and of 4 times that for the feed-forward size; if fewer are to be pruned in all, it is 0 or all of
-    them. Whole heads are pruned first, as long as the other heads can hold the width H*K.
+    Every width goes from the teacher's to the target's: target + (teacher - target) * fraction_to_prune(t). The number
+    of pruned units is rounded to a multiple of `granularity` for D and K (attention kernels want K to be a multiple of
+    8) and of 4 times that for F; if fewer are to be pruned in all, they are pruned at once. H*K shrinks by whole heads
+    first: K stays the teacher's until H is the target's.
     """
     fraction = fraction_to_prune(step, start, end, power)
     if fraction == 0:
@@ -185,11 +184,12 @@ def scheduled_shape(step: float, start: float, end: float, teacher: Shape, targe
     hidden = lerp(teacher.hidden_size, target.hidden_size)
     intermediate = lerp(teacher.intermediate_size, target.intermediate_size)
     inner = lerp(teacher.num_heads * teacher.head_size, target.num_heads * target.head_size)
-    heads = max(target.num_heads, math.ceil(inner / teacher.head_size))
-    head_size = round_to_multiple(inner / heads, granularity, teacher.head_size, target.head_size)
+    heads, head_size = max(target.num_heads, math.ceil(inner / teacher.head_size)), teacher.head_size
+    if heads == target.num_heads:
+        head_size = round_to_multiple(inner / heads, granularity, teacher.head_size, target.head_size)
     return Shape(round_to_multiple(hidden, granularity, teacher.hidden_size, target.hidden_size),
                  round_to_multiple(intermediate, 4 * granularity, teacher.intermediate_size, target.intermediate_size),
-                 heads, head_size if heads == target.num_heads else teacher.head_size)
+                 heads, head_size)
 
 
 # ---- The pruning itself --------------------------------------------------------------------------------------
@@ -225,11 +225,10 @@ def choose_units(importance: dict[str, torch.Tensor], shape: Shape, new_shape: S
 @torch.no_grad()
 def prune_units(model: nn.Module, keep: dict[str, torch.Tensor], new_shape: Shape,
                 optimizer: torch.optim.Optimizer | None = None, tensors: tuple[dict[str, torch.Tensor], ...] = ()):
-    """Slice, in place, the model and all tensors with an entry per unit or per weight to the units in `keep`.
+    """Keep only the units in `keep`, in place: in the model, in Adam's moments and in the dictionaries `tensors`.
 
-    model: a Bert or a module that holds one as `student`. The optimizer keeps the moments of the kept weights.
-    tensors: dictionaries with a vector per group or a tensor per parameter of the Bert, such as the lineage and the
-    statistics of importance. The config gets the new shape, and no full-size tensor is kept.
+    model: a Bert or a module that holds one as `student`; its config gets the new shape. tensors: by group (lineage,
+    sensitivities) or by the Bert's parameter names (PLATON's averages). No full-size tensor is kept.
     """
     bert: Bert = getattr(model, "student", model)
     axes = tensor_axes(model) | tensor_axes(bert) | {group: {0: group} for group in keep}
@@ -243,9 +242,9 @@ def prune_units(model: nn.Module, keep: dict[str, torch.Tensor], new_shape: Shap
     # hold its shape, such as that of a loss kept by a caller or of DistributedDataParallel.
     replacement = {}
     for name, old in list(model.named_parameters()):
-        module, _, tensor = name.rpartition(".")
+        module, _, kind = name.rpartition(".")  # kind: "weight" or "bias"
         new = replacement[old] = nn.Parameter(sliced(name, old.detach()), requires_grad=old.requires_grad)
-        setattr(model.get_submodule(module), tensor, new)
+        setattr(model.get_submodule(module), kind, new)
         if optimizer is not None and old in optimizer.state:
             state = optimizer.state.pop(old)
             state |= {key: sliced(name, state[key]) for key in ("exp_avg", "exp_avg_sq")}

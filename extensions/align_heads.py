@@ -3,7 +3,7 @@
 The first few dimensions of each aligned head carry most of its work. The model computes the same as before, but pruning
 query-key and value-output dimensions then does less harm.
 
-Shape letters as in model.py. T is a number of tokens; x~ = [x, 1] is a vector with a 1 appended, which absorbs biases.
+Shape letters as in model.py. T is a number of tokens; x~ = [x, 1] is a vector with a 1 appended, and W~ = [W, b].
 """
 
 from collections.abc import Iterable
@@ -58,9 +58,9 @@ def extended(x):
 def balancing_transforms(a, b):
     """Two transforms X, Y (H,K,K) for factors P, Q (..., K) whose second moments are a, b (H,K,K).
 
-    X^T Y = 1, so (P X^T) (Q Y^T)^T = P Q^T; and X a X^T = Y b Y^T = diag(s) with s descending. With the Cholesky
+    X^T Y = I, so (P X^T) (Q Y^T)^T = P Q^T; and X a X^T = Y b Y^T = diag(s) with s descending. With the Cholesky
     factors a = A A^T, b = B B^T and the SVD A^T B = U s V^T they are X = s^1/2 U^T A^-1 and Y = s^1/2 V^T B^-1. The
-    small ridge keeps matrices of unused dimensions invertible; X^T Y = 1 holds for any a and b.
+    small ridge keeps matrices of unused dimensions invertible; X^T Y = I holds for any a and b.
     """
     def root(moment):
         ridge = (1e-9 * moment.diagonal(dim1=1, dim2=2).mean(1)).clamp(min=1e-12)  # (H,)

@@ -3,7 +3,8 @@
 Pruned units are partly linear functions of the kept ones. Right before a prune, a least-squares fit on training text
 finds that part and folds it into the weights that read the units, so that the prune does less harm.
 
-Shape letters as in model.py. T is a number of tokens; x~ = [x, 1] is a vector with a 1 appended, which absorbs biases.
+Shape letters as in model.py. T is a number of tokens; x~ = [x, 1] is a vector with a 1 appended, which absorbs biases;
+x has n units before the prune and k after it.
 """
 
 import math

@@ -98,7 +98,7 @@ def compiled(session, state, backend: str = "inductor"):
     with contextlib.ExitStack() as undo:
         try:
             switch_on(undo, state.distiller.student, session.teacher, loop, backend)
-            loop.losses_and_gradients(session, state, batch, fraction, is_last=False, ranking_only=False)
+            loop.losses_and_gradients(session, state, batch, fraction, is_last=False, ranking=False)
         except Exception as error:  # torch raises another type for every cause: no compiler, no Triton, an old GPU
             undo.close()
             session.progress.write(f"torch.compile failed, so steps run eagerly: {one_line(error)}")

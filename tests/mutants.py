@@ -87,7 +87,7 @@ MUTANTS = [
     ("distill.py", "        optimizer.zero_grad()\n\n        # 4",
      "        prune.accumulate_importance(args.importance, state.statistics, distiller.student, 0.9)\n"
      "        optimizer.zero_grad()\n\n        # 4", "distill", "order_of"),
-    ("distill.py", "        if not ranking_only:\n", "        if True:\n", "distill", "ranks_the_first_prune"),
+    ("distill.py", "        if not ranking:\n", "        if True:\n", "distill", "ranks_the_first_prune"),
     ("distill.py", '| ({"ranking": 1.0} if ranking else {})', "", "distill",
      "ranks_the_first_prune"),
     ("distill.py", "torch.randn_like(output)", "torch.zeros_like(output)", "distill", "without_head_is_ranked"),
