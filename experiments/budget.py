@@ -17,13 +17,14 @@ def draw(result: dict):
     rows = [row | {key: row[key][1:] for key in ("step", "kl", "masked_lm_loss")} for row in result["rows"]]
     figure, axes = experiment.panels(
         "With ten million tokens, the masked-LM loss makes the better language model",
-        f"256 → 128, 10,000 steps of 8 x 128 tokens of Wikipedia; {experiment.over_seeds(rows, 'range')}", 2, 4.2)
+        f"256 → 128, 10,000 steps of 8 x 128 tokens of Wikipedia, bf16; {experiment.over_seeds(rows, 'range')}", 2, 4.2)
     for axis, key in zip(axes, ("kl", "masked_lm_loss"), strict=True):
         experiment.plot_curves(axis, rows, key)
-    axes[0].set_ylim(bottom=0)
+    axes[0].set_ylim(0, 0.65)
+    axes[0].legend(frameon=False)
     teacher = result["rows"][0]["masked_lm_loss"][0]  # the student starts as a copy of the teacher
-    axes[1].axhline(teacher, color=experiment.GREY, linestyle=":", label="teacher")
-    axes[1].legend(frameon=False)
+    axes[1].axhline(teacher, color=experiment.GREY, linestyle=":")
+    axes[1].text(1000, teacher + 0.01, "teacher", color=experiment.GREY)
     return figure
 
 

@@ -33,7 +33,7 @@ def draw(result: dict):
     for arm, rows in experiment.rows_of(result["rows"]).items():
         losses = [[row["masked_lm_loss"][-1] for row in rows if row["width"] == width] for width in WIDTHS]
         means, deviations = zip(*map(experiment.mean_and_deviation, losses), strict=True)
-        colour = experiment.OURS if arm == "chained" else experiment.PAPER
+        colour = experiment.OTHER if arm == "chained" else experiment.OURS
         axis.errorbar(WIDTHS, means, deviations, fmt="o-", capsize=3, color=colour)
         axis.annotate(arm, (WIDTHS[-1], means[-1]), (8, 0), textcoords="offset points", color=colour)
     teacher = result["rows"][0]["masked_lm_loss"][0]  # the first student starts as a copy of the teacher

@@ -50,7 +50,7 @@ def measure(args) -> dict:
 def draw(result: dict):
     figure, axes = experiment.panels(
         "Without the masked-LM loss, students are closer to their teacher, and better language models",
-        "6 × 384 → 192, 1,000 steps of 8 x 128 tokens of Wikipedia; "
+        "6 × 384 → 192, 1,000 steps of 8 x 128 tokens of Wikipedia, each at its best of three learning rates; "
         + experiment.over_seeds(result["rows"], "standard deviation"), 3, 3, sharey=True)
     for axis, key in zip(axes, ("kl", "masked_lm_loss"), strict=False):
         experiment.plot_dots(axis, result["rows"], lambda row, key=key: row[key][-1], experiment.LABELS[key])

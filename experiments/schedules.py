@@ -39,7 +39,7 @@ def measure(args) -> dict:
 
 def draw(result: dict):
     figure, axes = experiment.panels(
-        "Gradual pruning and our extensions help more when more is pruned",
+        "Gradual pruning helps only if much is pruned; our extensions help at both widths",
         f"{experiment.BUDGET}; {experiment.over_seeds(result['rows'], 'range')}", 2, 4.8, sharey=True)
     for axis, (name, width) in zip(axes, WIDTHS.items(), strict=True):
         rows = [row for row in result[name] if row["arm"] in DRAWN]

@@ -118,10 +118,9 @@ def measure(args) -> dict:
 def draw(result: dict):
     budget = result["budget"]
     figure, axes = experiment.panels(
-        f"Half the width, after {budget['steps'] * budget['batch_size'] * 128 / 1e6:.2f} million tokens",
+        "L_pool does not help on STS-B",
         f"all-MiniLM-L6-v2 384 → 192, {budget['steps']} steps of {budget['batch_size']} x 128 tokens of Wikipedia; "
-        f"{len({row['seed'] for row in result['rows'] if row['arm'] != 'teacher'})} seeds",
-        2, 3.6, sharex=True, sharey=True)
+        + experiment.over_seeds(result["rows"], "standard deviation"), 2, 3.6, sharex=True, sharey=True)
     for axis, pooling in zip(axes, ("mean", "cls"), strict=True):
         rows = [row for row in result["rows"] if row["pooling"] == pooling]
         dots = [{"arm": f"{row['arm']}, {text}" if row["arm"] != "teacher" else "teacher", "score": row[f"stsb_{name}"]}
