@@ -43,12 +43,12 @@ def fit_batches(session, units: int, step: int) -> Iterator[Batch]:
 class Place:
     """A place in the forward pass where units x (T,n) are read by `readers`, and the weighted sums over the tokens for
     the least-squares fit there. x_k (T,k) are the kept units; those of a LayerNorm are normalised among themselves.
-    gram = x~_k^T w x~_k (k+1,k+1); cross = x~_k^T w x (k+1,n), with the tokens' weights on the diagonal of w."""
+    kept = x~_k^T w x~_k (k+1,k+1); cross = x~_k^T w x (k+1,n), with the tokens' weights on the diagonal of w."""
 
-    def __init__(self, module: nn.Module, keep: torch.Tensor, readers: Sequence[Linear]):
+    def __init__(self, module: nn.Module, keep: torch.Tensor, readers: Sequence[Linear] = ()):
         self.module, self.keep, self.readers = module, keep, readers
-        self.gram, self.cross = 0.0, 0.0
-        self.weight = None  # of the tokens of the next batch, (T,1)
+        self.kept, self.cross = 0.0, 0.0
+        self.weight = 1.0  # of the tokens of the next batch: (T,1) or a number
 
     def add(self, module: nn.Module, inputs, output):
         """Forward hook. For a LayerNorm the units x are its output, for a ResidualOutput the input of its matrix. In
@@ -65,17 +65,24 @@ class Place:
             weight = weight / (variance + module.LayerNorm.eps)
         x_k = extended(x_k)  # (T,k+1)
         weighted = (x_k * weight).T
-        self.gram = self.gram + (weighted @ x_k).double()
+        self.kept = self.kept + (weighted @ x_k).double()
         self.cross = self.cross + (weighted @ x.flatten(0, -2)).double()
 
-    def fit(self, constant: bool) -> torch.Tensor:
-        """A and c of x = x_k A + c as one matrix (k+1,n), or A alone (k,n) if not `constant`."""
-        rows = len(self.gram) if constant else len(self.keep)
-        gram, cross = self.gram[:rows, :rows], self.cross[:rows]
+    def fit(self, constant: bool = True) -> torch.Tensor:
+        """A and c of x ~= x_k A + c as one matrix (k+1,n), or A alone (k,n) if not `constant`."""
+        rows = len(self.kept) - (not constant)
+        kept, cross = self.kept[:rows, :rows], self.cross[:rows]
         plain = torch.zeros_like(cross)  # the ridge draws to it: kept units as they are, others zero
         plain[range(len(self.keep)), self.keep] = 1.0
-        ridge = RIDGE * gram.diagonal()[:len(self.keep)].mean().clamp(min=1e-12) * torch.eye(rows).to(gram)
-        return plain + torch.linalg.solve(gram + ridge, cross - gram @ plain)
+        ridge = RIDGE * kept.diagonal()[:len(self.keep)].mean().clamp(min=1e-12) * torch.eye(rows).to(kept)
+        return plain + torch.linalg.solve(kept + ridge, cross - kept @ plain)
+
+    def means_and_covariances(self) -> tuple[torch.Tensor, ...]:
+        """Of x (n) and x_k (k) the means, and the covariances of x_k with x (k,n) and with itself (k,k)."""
+        count = self.kept[-1, -1]
+        mean, mean_k = self.cross[-1] / count, self.kept[-1, :-1] / count
+        return (mean, mean_k, self.cross[:-1] / count - torch.outer(mean_k, mean),
+                self.kept[:-1, :-1] / count - torch.outer(mean_k, mean_k))
 
 
 @torch.no_grad()
@@ -83,32 +90,39 @@ def compensate(distiller: nn.Module, keep: dict[str, torch.Tensor], batches: Ite
     """Prepare a Distiller for `prune.prune_units` with the same `keep`: change its weights in place, still at the old
     shape, so that the kept units take over as much of the pruned ones' work as they can. Adam's moments do not change.
 
-    Wherever a Linear reads units, x = x_k A + c is fitted, and its W x + b becomes (W A^T) x_k + (W c + b). All fits
+    Wherever units are read, x ~= x_k A + c is fitted, and a reader W x + b becomes (W A^T) x_k + (W c + b). All fits
     come from one pass over `batches`, without autocast. Query-key dimensions are left alone: as long as heads are
-    aligned, these are orthogonal, so that a fit would be the plain prune. The decoder is left alone, too, because it is
-    tied to the word embeddings.
+    aligned, these are orthogonal, so that a fit would be the plain prune.
     """
     bert: Bert = distiller.student
     places = read_places(distiller, keep)
-    hooks = [place.module.register_forward_hook(place.add) for place in places]
+    decoder = []  # the LayerNorm before the decoder, which sees masked positions only
+    if bert.cls is not None and "hidden" in keep:
+        decoder = [Place(bert.cls["predictions"].transform["LayerNorm"], keep["hidden"])]
+    hooks = [place.module.register_forward_hook(place.add) for place in [*places, *decoder]]
     training = bert.training
     bert.eval()
     for batch in batches:
         weight = torch.full((batch.input_ids.numel(), 1), UNMASKED_WEIGHT, device=batch.input_ids.device)
         for place in places:
-            place.weight = weight.index_fill(0, batch.positions, 1.0)
-        bert(batch.input_ids)
+            place.weight = weight.index_fill(0, batch.positions, 1.0)  # (T,1)
+        bert(batch.input_ids, batch.positions)
     bert.train(training)
     for hook in hooks:
         hook.remove()
     for place in places:
         if isinstance(place.module, LayerNorm):
             rescale(place)
+        fit = place.fit()
         for linear in place.readers:
-            fit = place.fit(constant=linear.bias is not None)  # without a bias, as in a projection, there is no c
-            if linear.bias is not None:
-                linear.bias += linear.weight.double() @ fit[-1]
-            linear.weight[:, place.keep] = (linear.weight.double() @ fit[: len(place.keep)].T).to(linear.weight)
+            a, c = fit[:-1], fit[-1]  # (k,n), (n,)
+            if linear.bias is None:  # a projection; its fit has no c
+                a = place.fit(constant=False)
+            else:
+                linear.bias += linear.weight.double() @ c
+            linear.weight[:, place.keep] = (linear.weight.double() @ a.T).to(linear.weight)  # (out,k)
+    for place in decoder:
+        refit_decoder(bert, place)
 
 
 def read_places(distiller: nn.Module, keep: dict[str, torch.Tensor]) -> list[Place]:
@@ -130,17 +144,31 @@ def read_places(distiller: nn.Module, keep: dict[str, torch.Tensor]) -> list[Pla
 
 
 def rescale(place: Place):
-    """Normalising over fewer dimensions scales and shifts the outputs of a LayerNorm. Correct that by one factor and a
-    new bias (k,). The readers could absorb more, but the residual stream takes the outputs as they are."""
+    """Correct a LayerNorm for normalising over fewer dimensions, which scales and shifts its outputs, by one factor and
+    a new bias. Readers could absorb more, but the residual stream takes the output as it is."""
     norm, keep = place.module, place.keep
-    count = place.gram[-1, -1]  # the sum of the tokens' weights
-    mean, mean_k = place.cross[-1, keep] / count, place.gram[-1, :-1] / count  # (k,), of x and of x_k
-    covariance = place.cross[range(len(keep)), keep].sum() / count - mean @ mean_k  # summed over the k units
-    variance = place.gram.diagonal()[:-1].sum() / count - mean_k @ mean_k
-    scale = covariance / variance.clamp(min=1e-12)
-    shift = mean - scale * mean_k
+    mean, mean_k, covariance, covariance_k = place.means_and_covariances()
+    scale = covariance[range(len(keep)), keep].sum() / covariance_k.trace().clamp(min=1e-12)
+    shift = mean[keep] - scale * mean_k
     norm.weight[keep] *= scale.to(norm.weight)
     norm.bias[keep] = (norm.bias[keep] * scale + shift).to(norm.bias)
     change = torch.diag(F.pad(scale.expand(len(keep)), (0, 1), value=1.0))
     change[-1, :-1] = shift
-    place.gram, place.cross = change.T @ place.gram @ change, change.T @ place.cross  # the sums for the new outputs
+    place.kept, place.cross = change.T @ place.kept @ change, change.T @ place.cross  # the sums for the new outputs
+
+
+def refit_decoder(bert: Bert, place: Place):
+    """Compensate the decoder. It is tied to the word embeddings E, so only the scale g of the LayerNorm before it and
+    a change b of its own bias can be fitted to the logits: E_k diag(g) x_k + b ~= E x.
+
+    The normal equations for g are (E_k^T E_k * cov(x_k, x_k)) g = diag(E_k^T E cov(x, x_k)), with * elementwise.
+    """
+    words, norm, keep = bert.bert.embeddings.word_embeddings.weight.double(), place.module, place.keep
+    mean, mean_k, covariance, covariance_k = place.means_and_covariances()
+    gram = words[:, keep].T @ words  # (k,D)
+    left, right = gram[:, keep] * covariance_k, (gram * covariance).sum(1)
+    ridge = RIDGE * left.diagonal().mean().clamp(min=1e-12) * torch.eye(len(keep)).to(left)
+    scale = 1 + torch.linalg.solve(left + ridge, right - left.sum(1))
+    for tensor in (norm.weight, norm.bias):
+        tensor[keep] *= scale.to(tensor)
+    bert.cls["predictions"].bias += words @ mean - words[:, keep] @ (scale * mean_k)

@@ -194,14 +194,14 @@ def test_the_ridge_of_a_fit_is_a_thousandth_of_the_mean_square_and_draws_to_the_
     torch.manual_seed(0)
     x, keep = torch.randn(50, 6).double(), torch.tensor([1, 4, 5])
     x_k = extended(x[:, keep])
-    place = Place(None, keep, [])
-    place.gram, place.cross = x_k.T @ x_k, x_k.T @ x
+    place = Place(None, keep)
+    place.kept, place.cross = x_k.T @ x_k, x_k.T @ x
     weight = (1e-3 * (x[:, keep] ** 2).sum(0).mean()).sqrt()
     plain = torch.zeros(4, 6).double()
     plain[range(3), keep] = 1
     equations = torch.cat([x_k, weight * torch.eye(4).double()])
     expected = torch.linalg.lstsq(equations, torch.cat([x, weight * plain])).solution
-    torch.testing.assert_close(place.fit(constant=True), expected)
+    torch.testing.assert_close(place.fit(), expected)
 
 
 def test_the_fit_of_the_projections_is_torch_s_own_weighted_least_squares(monkeypatch):
@@ -245,6 +245,26 @@ def test_units_that_are_linear_functions_of_others_are_pruned_without_any_change
     plain = copy.deepcopy(bert)
     prune_to(plain, keep, intermediate_size=37)
     assert (outputs(plain)[0] - outputs(bert)[0]).abs().max() > 0.1
+
+
+def test_the_refitted_decoder_keeps_the_mean_of_the_logits_and_reduces_their_error():
+    bert = random_bert()
+    distiller, head = as_distiller(copy.deepcopy(bert)), bert.cls["predictions"]
+    keep = torch.arange(0, 24, 2)
+    compensate(distiller, {"hidden": keep}, random_batches())
+    u = [head.activation(head.transform["dense"](bert(b.input_ids).hidden[-1].flatten(0, 1)[:12]))
+         for b in random_batches()]
+    u, words = torch.cat(u), bert.bert.embeddings.word_embeddings.weight
+    norm, new = head.transform["LayerNorm"], distiller.student.cls["predictions"]
+    old_logits = norm(u) @ words.T + head.bias
+
+    def narrow(norm):
+        return F.layer_norm(u[:, keep], (12,), norm.weight[keep], norm.bias[keep], norm.eps) @ words[:, keep].T
+
+    logits = narrow(new.transform["LayerNorm"]) + new.bias
+    torch.testing.assert_close(logits.mean(0), old_logits.mean(0))
+    error, plain = ((a - old_logits).var(0).mean() for a in (logits, narrow(norm)))
+    assert error < 0.9 * plain
 
 
 def test_both_extensions_ignore_dropout_and_leave_modes_and_hooks_as_they_were():
