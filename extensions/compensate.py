@@ -43,11 +43,11 @@ def fit_batches(session, units: int, step: int) -> Iterator[Batch]:
 class Place:
     """A place in the forward pass where units x (T,n) are read by `readers`, and the weighted sums over the tokens for
     the least-squares fit there. x_k (T,k) are the kept units; those of a LayerNorm are normalised among themselves.
-    kept = x~_k^T w x~_k (k+1,k+1); cross = x~_k^T w x (k+1,n), with the tokens' weights on the diagonal of w."""
+    gram = x~_k^T w x~_k (k+1,k+1); cross = x~_k^T w x (k+1,n), with the tokens' weights on the diagonal of w."""
 
     def __init__(self, module: nn.Module, keep: torch.Tensor, readers: Sequence[Linear] = ()):
         self.module, self.keep, self.readers = module, keep, readers
-        self.kept, self.cross = 0.0, 0.0
+        self.gram, self.cross = 0.0, 0.0
         self.weight = 1.0  # of the tokens of the next batch: (T,1) or a number
 
     def add(self, module: nn.Module, inputs, output):
@@ -65,24 +65,24 @@ class Place:
             weight = weight / (variance + module.LayerNorm.eps)
         x_k = extended(x_k)  # (T,k+1)
         weighted = (x_k * weight).T
-        self.kept = self.kept + (weighted @ x_k).double()
+        self.gram = self.gram + (weighted @ x_k).double()
         self.cross = self.cross + (weighted @ x.flatten(0, -2)).double()
 
     def fit(self, constant: bool = True) -> torch.Tensor:
-        """A and c of x ~= x_k A + c as one matrix (k+1,n), or A alone (k,n) if not `constant`."""
-        rows = len(self.kept) - (not constant)
-        kept, cross = self.kept[:rows, :rows], self.cross[:rows]
+        """A and c of x ≈ x_k A + c as one matrix (k+1,n), or A alone (k,n) if not `constant`."""
+        rows = len(self.gram) if constant else len(self.keep)
+        gram, cross = self.gram[:rows, :rows], self.cross[:rows]
         plain = torch.zeros_like(cross)  # the ridge draws to it: kept units as they are, others zero
         plain[range(len(self.keep)), self.keep] = 1.0
-        ridge = RIDGE * kept.diagonal()[:len(self.keep)].mean().clamp(min=1e-12) * torch.eye(rows).to(kept)
-        return plain + torch.linalg.solve(kept + ridge, cross - kept @ plain)
+        ridge = RIDGE * gram.diagonal()[:len(self.keep)].mean().clamp(min=1e-12) * torch.eye(rows).to(gram)
+        return plain + torch.linalg.solve(gram + ridge, cross - gram @ plain)
 
     def means_and_covariances(self) -> tuple[torch.Tensor, ...]:
         """Of x (n) and x_k (k) the means, and the covariances of x_k with x (k,n) and with itself (k,k)."""
-        count = self.kept[-1, -1]
-        mean, mean_k = self.cross[-1] / count, self.kept[-1, :-1] / count
+        count = self.gram[-1, -1]
+        mean, mean_k = self.cross[-1] / count, self.gram[-1, :-1] / count
         return (mean, mean_k, self.cross[:-1] / count - torch.outer(mean_k, mean),
-                self.kept[:-1, :-1] / count - torch.outer(mean_k, mean_k))
+                self.gram[:-1, :-1] / count - torch.outer(mean_k, mean_k))
 
 
 @torch.no_grad()
@@ -90,7 +90,7 @@ def compensate(distiller: nn.Module, keep: dict[str, torch.Tensor], batches: Ite
     """Prepare a Distiller for `prune.prune_units` with the same `keep`: change its weights in place, still at the old
     shape, so that the kept units take over as much of the pruned ones' work as they can. Adam's moments do not change.
 
-    Wherever units are read, x ~= x_k A + c is fitted, and a reader W x + b becomes (W A^T) x_k + (W c + b). All fits
+    Wherever units are read, x ≈ x_k A + c is fitted, and a reader W x + b becomes (W A^T) x_k + (W c + b). All fits
     come from one pass over `batches`, without autocast. Query-key dimensions are left alone: as long as heads are
     aligned, these are orthogonal, so that a fit would be the plain prune.
     """
@@ -144,8 +144,8 @@ def read_places(distiller: nn.Module, keep: dict[str, torch.Tensor]) -> list[Pla
 
 
 def rescale(place: Place):
-    """Correct a LayerNorm for normalising over fewer dimensions, which scales and shifts its outputs, by one factor and
-    a new bias. Readers could absorb more, but the residual stream takes the output as it is."""
+    """Normalising over fewer dimensions scales and shifts the outputs of a LayerNorm. Correct that by one factor and a
+    new bias (k,). The readers could absorb more, but the residual stream takes the outputs as they are."""
     norm, keep = place.module, place.keep
     mean, mean_k, covariance, covariance_k = place.means_and_covariances()
     scale = covariance[range(len(keep)), keep].sum() / covariance_k.trace().clamp(min=1e-12)
@@ -154,12 +154,12 @@ def rescale(place: Place):
     norm.bias[keep] = (norm.bias[keep] * scale + shift).to(norm.bias)
     change = torch.diag(F.pad(scale.expand(len(keep)), (0, 1), value=1.0))
     change[-1, :-1] = shift
-    place.kept, place.cross = change.T @ place.kept @ change, change.T @ place.cross  # the sums for the new outputs
+    place.gram, place.cross = change.T @ place.gram @ change, change.T @ place.cross  # the sums for the new outputs
 
 
 def refit_decoder(bert: Bert, place: Place):
     """Compensate the decoder. It is tied to the word embeddings E, so only the scale g of the LayerNorm before it and
-    a change b of its own bias can be fitted to the logits: E_k diag(g) x_k + b ~= E x.
+    a change b of its own bias can be fitted to the logits: E_k diag(g) x_k + b ≈ E x.
 
     The normal equations for g are (E_k^T E_k * cov(x_k, x_k)) g = diag(E_k^T E cov(x, x_k)), with * elementwise.
     """

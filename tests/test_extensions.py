@@ -195,7 +195,7 @@ def test_the_ridge_of_a_fit_is_a_thousandth_of_the_mean_square_and_draws_to_the_
     x, keep = torch.randn(50, 6).double(), torch.tensor([1, 4, 5])
     x_k = extended(x[:, keep])
     place = Place(None, keep)
-    place.kept, place.cross = x_k.T @ x_k, x_k.T @ x
+    place.gram, place.cross = x_k.T @ x_k, x_k.T @ x
     weight = (1e-3 * (x[:, keep] ** 2).sum(0).mean()).sqrt()
     plain = torch.zeros(4, 6).double()
     plain[range(3), keep] = 1
