@@ -17,7 +17,6 @@ import hashlib
 import itertools
 import json
 import re
-import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -35,7 +34,7 @@ from support.batches import Row, make_batch, training_batches
 from support.checkpoint import load_config, load_model, load_tokenizer, save_model, save_tokenizer
 from support.distributed import RANK, WORLD
 from support.errors import InputError, LocalError, run_program
-from support.files import atomic_rename, model_fingerprint, read_json
+from support.files import atomic_rename, model_fingerprint, read_json, remove
 from support.flags import COUNT, FRACTION, NONNEGATIVE, Parser, number
 from support.glue import GLUE_AVERAGE, TASKS, data_hash, encode, find_data, read_task
 from support.hub import find_model
@@ -156,6 +155,8 @@ def predict(net: TaskModel, rows: list[Row], job: Job, device):
         ids, types, mask, _ = make_batch(batch, net.config, device)
         with distributed.autocast(device, job.bf16):
             logits.extend(net(ids, types, mask).cpu().numpy())
+    if not all(np.isfinite(each).all() for each in logits):
+        raise LocalError(f"{job}: the model's outputs are not finite; try a smaller --learning-rate")
     logits = [logits[i] for i in np.argsort(order)]  # in the order of the rows
     if net.kind == "span":
         return best_answers(rows, logits, can_be_empty=job.task == "squad_v2")
@@ -206,8 +207,6 @@ def fine_tune(folder: Path, rows: dict[str, list[Row]], job: Job, device) -> tup
             optimizer.step()
             optimizer.zero_grad()
             step += 1
-        if not torch.isfinite(loss):  # read once an epoch, because reading every loss makes the GPU wait
-            raise LocalError(f"{job}: the loss is not finite after {step} steps; try a smaller --learning-rate")
         metrics = evaluate(net, rows, job, device)
         score = statistics.fmean(metrics.values())
         if score > best_score:
@@ -331,12 +330,12 @@ def run_jobs(jobs: list[Job], splits: dict[str, dict], output: Path, device):
             net, best = fine_tune(folder, rows, job, device)
             target = job.folder(output)
             work = target.with_name(f".{target.name}.unfinished")
-            shutil.rmtree(work, ignore_errors=True)
-            work.mkdir(parents=True)
+            remove(work)
+            work.mkdir()
             save_task_model(net, key, tokenizer, work)
             write_predictions(work, net, rows, job, device)
             (work / "result.json").write_text(json.dumps(dataclasses.asdict(job) | best, indent=1) + "\n")
-            shutil.rmtree(target, ignore_errors=True)
+            remove(target)
             atomic_rename(work, target)
             metrics = ", ".join(f"{name} {value:.1f}" for name, value in best["metrics"].items())
             print(f"  {metrics} (best epoch {best['epoch']}; {jobs.index(job) + 1} of {len(jobs)} done)", flush=True)
@@ -361,6 +360,7 @@ def evaluate_models(args: argparse.Namespace):
     splits = {key: read_task(key, sources[key]) for key in dict.fromkeys(job.task for job in todo)}
     args.output.mkdir(parents=True, exist_ok=True)
     for job in todo[RANK::WORLD]:
+        job.folder(args.output).parent.mkdir(parents=True, exist_ok=True)  # training would be lost if this failed
         (job.folder(args.output) / "result.json").unlink(missing_ok=True)  # exists only with --overwrite
     print("The dev split that is reported also chooses the best epoch.")
     run_jobs(todo[RANK::WORLD], splits, args.output, device)

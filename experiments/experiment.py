@@ -124,7 +124,8 @@ def saved_rows(corpus: str, teacher: Path) -> dict[str, dict]:
     another clone."""
     results, same = [json.loads(path.read_text()) for path in RESULTS.glob("*.json")], origin(corpus, teacher).items()
     return {row["run"]: row for result in results if result["base"] == BASE
-            for row in [*result["rows"], *result.get("other_rows", [])] if "run" in row and same <= row.items()}
+            for name, rows in result.items() if name.endswith("rows") for row in rows
+            if "run" in row and same <= row.items()}
 
 
 def compare(arms: dict[str, dict], seeds: list[int], corpus: str, teacher=None, more=lambda run: {}) -> list[dict]:
@@ -137,8 +138,21 @@ def compare(arms: dict[str, dict], seeds: list[int], corpus: str, teacher=None, 
         if row is None:
             run = distil(**flags)
             row = summary(run) | more(run)
+            if not origin(corpus, Path(teacher or BUNDLED)).items() <= row.items():
+                raise InputError(f"{run} was made from another text or teacher of the same name: delete it")
         rows[arm, seed] = row | {"arm": arm, "seed": seed}
     return [rows[arm, seed] for arm in arms for seed in seeds]
+
+
+def finetuned(model: Path, data: str, flags: list) -> dict[str, list[dict]]:
+    """The metrics on dev of a model fine-tuned by finetune.py with these flags: task -> those of every seed."""
+    output, metrics = RUNS / "finetuned", {}
+    program("finetune.py", "--model", model, "--data", data, "--output", output, *flags)
+    for path in sorted(output.glob("*/*/result.json")):
+        result = json.loads(path.read_text())
+        if result["model"] == str(model):
+            metrics.setdefault(result["task"], []).append(result["metrics"])
+    return metrics
 
 
 def rows_of(rows: list[dict]) -> dict[str, list[dict]]:

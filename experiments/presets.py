@@ -5,7 +5,6 @@ Each arm has the learning rate, of three, whose short run ends with the lowest K
 text in every step. The held-out rows, on which results are reported, choose nothing.
 """
 
-import json
 import statistics
 
 import experiment
@@ -29,10 +28,7 @@ def training_kl(run) -> dict:
 
 def finetuned(model, data: str) -> dict:
     """The Spearman correlation on STS-B dev, in percent, of the model fine-tuned with each seed."""
-    output = experiment.RUNS / "finetuned"
-    experiment.program("finetune.py", "--model", model, "--data", data, "--output", output, *FINETUNE)
-    results = [json.loads(path.read_text()) for path in sorted(output.glob("*/stsb-seed*/result.json"))]
-    return {"stsb": [result["metrics"]["spearman"] for result in results if result["model"] == str(model)]}
+    return {"stsb": [metrics["spearman"] for metrics in experiment.finetuned(model, data, FINETUNE)["stsb"]]}
 
 
 def measure(args) -> dict:

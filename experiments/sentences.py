@@ -55,7 +55,7 @@ class Judge:
         self.teacher = load_model(folder).eval()
         self.encoder = SentenceEncoder.read(folder, self.teacher.config)
         self.tokenizer = load_tokenizer(folder, self.teacher.config.vocab_size)
-        cache = next(Path(flag.default) for flag in DATA_FLAGS if flag.name == "--cache-dir")
+        cache = next(Path(flag.default).expanduser() for flag in DATA_FLAGS if flag.name == "--cache-dir")
         self.rows, heldout, _ = data.load_rows([args.corpus], self.tokenizer, cache, 128, masked=False)
         self.fit, self.heldout = (sentences_of(part, count, self.tokenizer) for part, count in (
             (self.rows, FIT_SENTENCES), (heldout, HELDOUT_SENTENCES)))

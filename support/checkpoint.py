@@ -34,6 +34,8 @@ def load_config(folder: Path) -> BertConfig:
         if field.type is int:
             least = 0 if field.default == 0 else 1
             most = 1000 if field.name == "num_hidden_layers" else 10**6  # else a damaged file could hang us
+            if field.name == "pad_token_id":  # the last field
+                most = values["vocab_size"] - 1
             valid = type(value) is int and least <= value <= most
         elif field.type is float:
             valid = type(value) in (int, float) and 0 <= value < 1
@@ -119,6 +121,10 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
         path, kind = Path(folder) / "vocab.txt", settings.get("tokenizer_class", "BertTokenizer")
         if kind not in ("BertTokenizer", "BertTokenizerFast"):
             raise InputError(f"{path} alone does not define a {kind}; a tokenizer.json is needed beside it")
+    special = {}
+    for role, token in BERT_TOKENS.items():
+        token = settings.get(f"{role}_token", token)
+        special[role] = str(token.get("content") if isinstance(token, dict) else token)
     try:
         if path.suffix == ".json":
             tokenizer = Tokenizer.from_file(str(path))
@@ -127,15 +133,13 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
             words = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
             tokenizer = wordpiece_tokenizer(
                 {word: i for i, word in enumerate(words)}, settings.get("do_lower_case", True),
-                settings.get("strip_accents"), settings.get("tokenize_chinese_chars", True))
+                settings.get("strip_accents"), settings.get("tokenize_chinese_chars", True), special)
+        tokenizer.encode("\U0002a6a5")  # an unknown character, for which the vocabulary may lack a token
     except Exception as error:  # tokenizers raises a bare Exception for a damaged file
         raise InputError(f"{path} is not a tokenizer: {one_line(error)}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    tokenizer.special = {}
-    for role, token in BERT_TOKENS.items():
-        token = settings.get(f"{role}_token", token)
-        tokenizer.special[role] = str(token.get("content") if isinstance(token, dict) else token)
+    tokenizer.special = special
     missing = [token for token in tokenizer.special.values() if tokenizer.token_to_id(token) is None]
     if missing:
         raise InputError(f"{path}: {', '.join(missing)} not in the vocabulary; tokenizer_config.json must name the "
@@ -150,12 +154,14 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def wordpiece_tokenizer(vocab: dict[str, int], lowercase=True, strip_accents=None, split_chinese=True) -> Tokenizer:
+def wordpiece_tokenizer(vocab: dict[str, int], lowercase=True, strip_accents=None, split_chinese=True,
+                        special=BERT_TOKENS) -> Tokenizer:
     """BERT's tokenizer for a vocabulary: clean text, split at spaces and punctuation, longest pieces first."""
     tokenizer = BertWordPieceTokenizer(vocab or None, lowercase=lowercase, strip_accents=strip_accents,
-                                       handle_chinese_chars=split_chinese)
+                                       handle_chinese_chars=split_chinese,
+                                       **{f"{role}_token": token for role, token in special.items()})
     tokenizer = Tokenizer.from_str(tokenizer.to_str())
-    tokenizer.special = BERT_TOKENS
+    tokenizer.special = special
     return tokenizer
 
 
@@ -163,16 +169,15 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int):
     """Write tokenizer.json, tokenizer_config.json and, for WordPiece, vocab.txt (if no id is missing) as the
     AutoTokenizer of `transformers` expects them."""
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    is_wordpiece, rules = isinstance(tokenizer.model, models.WordPiece), tokenizer.normalizer
-    vocab = tokenizer.get_vocab()
-    if is_wordpiece and max(vocab.values()) < len(vocab):  # a word's line number is its id, so no id may be missing
+    vocab, rules = tokenizer.get_vocab(), tokenizer.normalizer
+    # A word's line number is its id, so no id may be missing.
+    if isinstance(tokenizer.model, models.WordPiece) and max(vocab.values()) < len(vocab):
         lines = (f"{word}\n" for word in sorted(vocab, key=vocab.get))
         (folder / "vocab.txt").write_text("".join(lines), encoding="utf-8")
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length,
                 "model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
     settings |= {f"{role}_token": token for role, token in tokenizer.special.items()}
-    if is_wordpiece and isinstance(rules, normalizers.BertNormalizer):
-        # transformers rebuilds it from these, not from tokenizer.json
-        settings |= {"tokenizer_class": "BertTokenizer", "do_lower_case": rules.lowercase,
-                     "strip_accents": rules.strip_accents, "tokenize_chinese_chars": rules.handle_chinese_chars}
+    if isinstance(rules, normalizers.BertNormalizer):  # for those who open it as a BertTokenizer
+        settings |= {"do_lower_case": rules.lowercase, "strip_accents": rules.strip_accents,
+                     "tokenize_chinese_chars": rules.handle_chinese_chars}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")

@@ -221,10 +221,15 @@ def tokenise(corpora: list[str], tokenizer: Tokenizer, cache: Path, columns: Seq
                     atomic_rename(work, folder)
     except OSError as error:
         raise InputError(f"tokenising into {cache} failed: {one_line(error)}") from None
-    meta = read_json(folder / "meta.json")
+    try:
+        meta = read_json(folder / "meta.json")
+        sides = [np.memmap(folder / f"{side}.bin", meta["dtype"], "r", shape=meta[side])
+                 for side in ("train", "heldout")]  # an error if a file is too short
+    except (InputError, OSError, KeyError, ValueError) as error:
+        raise InputError(f"{folder} is damaged: delete it ({one_line(error)})") from None
     if meta["replaced"]:
         print(f"corpus: characters read as U+FFFD because the text is not UTF-8: {meta['replaced']}", file=sys.stderr)
-    return Tokens(*(np.memmap(folder / f"{side}.bin", meta["dtype"], "r") for side in ("train", "heldout")), key)
+    return Tokens(*sides, key)
 
 
 def write_tokens(files: Files, demo: bool, tokenizer: Tokenizer, folder: Path, columns: Sequence[str], limit: float):

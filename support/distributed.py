@@ -20,8 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from support.errors import InputError, LocalError
 
-RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in (
-    ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # set by torchrun
+TORCHRUN = os.environ if "MASTER_ADDR" in os.environ else {}  # other launchers may set RANK and WORLD_SIZE, too
+RANK, WORLD, LOCAL_RANK = (int(TORCHRUN.get(name, default)) for name, default in (
+    ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from glibc's malloc.h
 CPUINFO = Path("/proc/cpuinfo")  # of Linux
 

@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 from support.errors import InputError, one_line
@@ -40,6 +41,14 @@ def atomic_rename(work: Path, target: Path):
         fsync(path)
     work.replace(target)
     fsync(target.parent)
+
+
+def remove(path: Path):
+    """Remove a file, a symbolic link or a whole folder, if there is one. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, content: str | bytes):

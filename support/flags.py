@@ -55,7 +55,7 @@ DATA_FLAGS = (
          "or up to a block of 2 million characters later. Hub files are downloaded one by one until then. Default: the "
          "whole corpus."),
     Flag("--seq-length", 128, number(int, 8, 10**6), "Tokens per row."),
-    Flag("--cache-dir", str(Path.home() / ".cache" / "homotopic-distillation"), str, "Folder for tokenised text."),
+    Flag("--cache-dir", "~/.cache/homotopic-distillation", str, "Folder for tokenised text."),
 )
 RUN_FLAGS = (
     Flag("--output", None, Path, "Run folder for run.json, log.jsonl and student/. Default: runs/TEACHER-D, "

@@ -15,7 +15,7 @@ import torch
 
 from support.distributed import RANK, WORLD, all_gather_objects
 from support.errors import InputError
-from support.files import locked, read_json, write_atomically
+from support.files import locked, read_json, remove, write_atomically
 
 CHECKPOINTS_KEPT = 2
 
@@ -53,11 +53,11 @@ def start_run(args: argparse.Namespace, fingerprints: dict[str, str]):
     corpus and teacher, so that a result can be traced."""
     check_output(args.output, args.overwrite)  # again: another run may have ended there meanwhile
     student, work = args.output / "student", args.output / "student.unfinished"
-    shutil.rmtree(work, ignore_errors=True)
+    remove(work)
     if student.is_dir():
         student.rename(work)  # in one step: a partly deleted student could be taken for a finished one
     for old in (work, args.output / "checkpoints", args.output / "tensorboard"):
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "tokenizers", "safetensors")}
     versions |= {"python": platform.python_version(), "commit": program_commit()}
     record = {"flags": vars(args), "versions": versions, **fingerprints, "processes": WORLD}

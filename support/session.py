@@ -3,11 +3,11 @@ checkpoints and signals. The method itself needs `micro_batches` only; the rest 
 
 import contextlib
 import datetime
+import itertools
 import json
 import math
 import os
 import shlex
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -21,7 +21,7 @@ from support import checkpoint, distributed, fast, run_folder
 from support.distributed import RANK, WORLD, rank_slice, synchronized_time
 from support.errors import InputError, Interrupted
 from support.evaluation import end_table, evaluate, milliseconds_per_row, sentence_agreement
-from support.files import atomic_rename, fsync, model_fingerprint
+from support.files import atomic_rename, fsync, model_fingerprint, remove
 from support.hub import find_model
 from support.model_card import model_card
 from support.sentence_encoder import SentenceEncoder, sentences_of
@@ -41,11 +41,12 @@ def graceful_stop():
     with contextlib.ExitStack() as previous_handlers:
         def remember(number, frame):
             received.append(number)
-            previous_handlers.close()  # restores them
+            message = b"\nsaving and stopping after this micro-batch or evaluation"
+            if WORLD == 1:  # torchrun passes signals on, so processes can receive a second one that nobody meant
+                previous_handlers.close()  # restores them
+                message += b"; a second signal ends the run at once, without saving"
             if RANK == 0:
-                # print is not safe here, because the signal may have interrupted another print
-                os.write(2, b"\nsaving and stopping after this micro-batch or evaluation; a second signal ends the run "
-                            b"at once, without saving\n")
+                os.write(2, message + b"\n")  # print is not safe here: the signal may have interrupted another print
 
         for number in (signal.SIGTERM, signal.SIGINT):
             previous_handlers.callback(signal.signal, number, signal.signal(number, remember))
@@ -90,6 +91,11 @@ class Session:
         run_folder.check_output(args.output, args.overwrite or args.resume)
         if args.output.resolve() in folder.resolve().parents:
             raise InputError(f"--output {args.output} contains the teacher: choose another folder")
+        cache = Path(args.cache_dir).expanduser()
+        for corpus, ours in itertools.product(filter(os.path.isdir, args.corpus), (args.output, cache)):
+            if Path(corpus).resolve() in (ours.resolve(), *ours.resolve().parents):
+                raise InputError(f"{ours} is in the corpus {corpus} and would become training text: choose another "
+                                 "--output or --cache-dir")
         if args.seq_length > config.max_position_embeddings:
             raise InputError(f"--seq-length {args.seq_length} exceeds the teacher's {config.max_position_embeddings}")
         limit = args.corpus_tokens or math.inf
@@ -97,7 +103,7 @@ class Session:
             raise InputError(f"--corpus-tokens {limit} is less than one batch, {args.batch_size} x {args.seq_length}")
         self.tokenizer = checkpoint.load_tokenizer(folder, config.vocab_size)
         self.rows, self.heldout, corpus_key = data.load_rows(
-            args.corpus, self.tokenizer, Path(args.cache_dir), args.seq_length, args.text_column, limit,
+            args.corpus, self.tokenizer, cache, args.seq_length, args.text_column, limit,
             masked=self.teacher.cls is not None)
         if not WORLD <= args.batch_size <= len(self.rows):
             raise InputError(f"--batch-size {args.batch_size} must be at least {WORLD}, the number of processes, and "
@@ -106,9 +112,13 @@ class Session:
         self.sentences = sentences_of(self.heldout, REPORT_SENTENCES, self.tokenizer) if self.encoder else []
         if self.encoder and len(self.sentences) < 3:
             raise InputError("the held-out part of the corpus has fewer than 3 sentences to compare: use more text")
+        self.fit_sentences = sentences_of(self.rows, FIT_SENTENCES, self.tokenizer) if args.keep_space else []
+        if args.keep_space and not self.fit_sentences:
+            raise InputError("--keep-space finds no sentence to fit on: use more text")
         self.fingerprints = {"corpus": corpus_key, "teacher": model_fingerprint(folder)}
         self.checkpoints = args.output / "checkpoints"
         self.saved = None  # the checkpoint to resume from
+        self.found = sorted(self.checkpoints.glob("step-*"))  # before the run folder is claimed
         if args.resume:
             record = run_folder.read_record(args.output)
             for name, fingerprint in self.fingerprints.items():
@@ -141,6 +151,8 @@ class Session:
         """The run folder, the log, the progress bar and the signal handlers, around the loop."""
         args = self.args
         with run_folder.claimed(args.output):
+            if args.resume and self.found != sorted(self.checkpoints.glob("step-*")):
+                raise InputError(f"the run in --output {args.output} has only just stopped: repeat the command")
             if RANK == 0 and not args.resume:
                 run_folder.start_run(args, self.fingerprints)
             self.print_plan(state)
@@ -164,6 +176,8 @@ class Session:
 
     def finish(self, state):
         """Write the student and print the table at the end of a run."""
+        if not all(map(math.isfinite, self.result.values())):
+            raise InputError("the student's outputs are not finite after the last step; try a smaller --learning-rate")
         student, encoder = state.distiller.student, self.student_encoder(state)
         milliseconds = milliseconds_per_row([self.teacher, student], self.heldout, self.device, self.autocast)
         if encoder:
@@ -171,7 +185,7 @@ class Session:
                                               self.encoder.vectors(self.teacher, self.sentences))
         table = end_table(self.teacher, student, self.result, milliseconds)
         self.export(state, encoder, table)
-        shutil.rmtree(self.checkpoints)
+        remove(self.checkpoints)
         print(table)
         print(f"student: {self.args.output / 'student'}")
 
@@ -192,9 +206,8 @@ class Session:
         teacher's own Dense reads the student's states through the projection of the last layer, H_t ~= H_s W_hidn. In
         an untrained student that is the same as slicing the Dense with the hidden group."""
         if self.args.keep_space:
-            sentences = sentences_of(self.rows, FIT_SENTENCES, self.tokenizer)
-            print(f"fitting the student's vectors to the teacher's on {len(sentences):,} sentences")
-            return self.encoder.fitted(state.distiller.student, self.teacher, sentences)
+            print(f"fitting the student's vectors to the teacher's on {len(self.fit_sentences):,} sentences")
+            return self.encoder.fitted(state.distiller.student, self.teacher, self.fit_sentences)
         if self.encoder is None or not self.encoder.dense:
             return self.encoder
         projection = state.distiller.hidden_projections[-1].weight  # (D_t,D_s)
@@ -205,7 +218,7 @@ class Session:
         group the teacher indices of the kept units (none for a student that started from random weights)."""
         student, folder = state.distiller.student, self.args.output / "student"
         work = folder.with_name("student.unfinished")
-        shutil.rmtree(work, ignore_errors=True)
+        remove(work)
         work.mkdir()
         checkpoint.save_model(student, work)
         checkpoint.save_tokenizer(self.tokenizer, work,
@@ -238,6 +251,7 @@ class Session:
         received = max(distributed.all_gather_objects(max(self.signals, default=0)))
         if received:
             self.save(state)
+            distributed.all_gather_objects(None)  # all wait for the first, because torchrun ends all when one exits
             raise Interrupted(f"interrupted after step {state.step}, which is saved; to resume: python distill.py "
                               f"--resume --output {shlex.quote(str(self.args.output))}", 128 + received)
 

@@ -32,11 +32,14 @@ def read_squad(path: Path, key: str) -> list[Example]:
             for entry in paragraph["qas"]:
                 where = f", in or after question {entry['id']}"
                 answers = [(answer["text"], int(answer["answer_start"])) for answer in entry["answers"]]
-                "".join([entry["question"], paragraph["context"], *dict(answers)])  # a TypeError unless all are text
+                name = str(entry["id"])
+                texts = name, entry["question"], paragraph["context"], *dict(answers)
+                "".join(texts).encode()  # a TypeError or ValueError unless all is text
                 if not answers and key == "squad":
                     raise InputError(f"{path}, question {entry['id']}: no answer; use --task squad_v2")
-                questions.append(Example((entry["question"], paragraph["context"]), answers, entry["id"]))
-    except (OSError, EOFError, KeyError, TypeError, ValueError, RecursionError, gzip.zlib.error) as error:
+                questions.append(Example((entry["question"], paragraph["context"]), answers, name))
+    except (OSError, EOFError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError,
+            gzip.zlib.error) as error:
         raise InputError(f"{path}{where}: damaged, or not in SQuAD's format ({one_line(error)})") from None
     if not questions:
         raise InputError(f"{path} holds no questions; download it again")

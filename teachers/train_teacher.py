@@ -83,6 +83,8 @@ def initial_model(args: argparse.Namespace):
     else:
         tokenizer = train_vocabulary(args.corpus)
         bert = Bert(BertConfig(tokenizer.get_vocab_size(), HIDDEN_SIZE, LAYERS, HEADS, 4 * HIDDEN_SIZE))
+        if bert.config.vocab_size < HIDDEN_SIZE:
+            raise InputError(f"the corpus has only {bert.config.vocab_size} different pieces of words: use more text")
     tokens = tokenise(args.corpus, tokenizer, args.output / "cache", limit=args.corpus_tokens)
     if not args.encoder:
         initialise(bert, tokens.train)

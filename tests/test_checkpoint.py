@@ -12,7 +12,7 @@ import transformers
 from conftest import VOCAB
 from reference import CLOSE, random_inputs, reference_bert
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, normalizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
 from model import Bert, BertConfig
@@ -344,6 +344,7 @@ def change_config(folder, **changes):
     dict(hidden_size=0), dict(hidden_size=-32), dict(hidden_size=32.0), dict(hidden_size="32"),
     dict(num_hidden_layers=True), dict(num_hidden_layers=10**6), dict(vocab_size=10**30),
     dict(intermediate_size=10**9), dict(attention_head_size=2**40), dict(max_position_embeddings=0),
+    dict(pad_token_id=10**5),
     dict(layer_norm_eps=float("nan")), dict(layer_norm_eps=float("inf")), dict(layer_norm_eps=-1e-5),
     dict(layer_norm_eps="1e-12"), dict(hidden_dropout_prob=1), dict(attention_probs_dropout_prob=True),
     dict(initializer_range=10**400),
@@ -411,6 +412,31 @@ def test_tokenizer_from_vocab_txt_equals_the_original_one_and_is_saved_for_trans
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in TEXTS:
         assert theirs(text)["input_ids"] == ours.encode(text).ids
+
+
+def test_any_wordpiece_tokenizer_is_saved_for_transformers_as_it_is(checkpoint, tmp_path):
+    """Rules that differ from BERT's. A BertTokenizer of transformers would not keep them."""
+    ours = load_tokenizer(checkpoint, 1000)
+    ours.normalizer, ours.pre_tokenizer = normalizers.BertNormalizer(clean_text=False), pre_tokenizers.WhitespaceSplit()
+    save_tokenizer(ours, tmp_path, 64)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in [*TEXTS, "the king's old.bridge", "the\u200bking"]:
+        assert theirs(text)["input_ids"] == ours.encode(text).ids
+
+
+def test_vocab_txt_may_have_other_special_tokens(tmp_path):
+    special = {role: f"<{role}>" for role in ("cls", "sep", "mask", "pad", "unk")}
+    folder = write_vocabulary(tmp_path, [*special.values(), "old"], **{f"{r}_token": t for r, t in special.items()})
+    tokenizer = load_tokenizer(folder, 6)
+    assert tokenizer.encode("old x").tokens == ["<cls>", "old", "<unk>", "<sep>"] and tokenizer.special == special
+
+
+def test_a_tokenizer_without_a_token_for_unknown_words_is_refused(tmp_path, refused):
+    words = {word: i for i, word in enumerate(["[PAD]", "<unk>", "[CLS]", "[SEP]", "[MASK]", "old"])}
+    Tokenizer(models.WordPiece(words, unk_token="[UNK]")).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"unk_token": "<unk>"}')
+    with refused("tokenizer.json", "[UNK]"):
+        load_tokenizer(tmp_path, 6)
 
 
 def test_a_vocabulary_with_a_gap_is_saved_without_vocab_txt(tmp_path):

@@ -362,6 +362,18 @@ def test_second_call_finds_the_tokens_in_the_cache(tmp_path, corpus, tokenizer, 
     assert [path.name for path in tmp_path.iterdir()] == [first.key]
 
 
+def test_a_cache_that_is_cut_short_is_refused(tmp_path, corpus, tokenizer, refused):
+    folder = tmp_path / tokenise([str(corpus)], tokenizer, tmp_path).key
+    content = (folder / "train.bin").read_bytes()
+    for short in (content[:400], b""):
+        (folder / "train.bin").write_bytes(short)
+        with refused(str(folder), "is damaged: delete it"):
+            tokenise([str(corpus)], tokenizer, tmp_path)
+    (folder / "meta.json").write_text("{}")
+    with refused(str(folder), "is damaged: delete it"):
+        tokenise([str(corpus)], tokenizer, tmp_path)
+
+
 def test_changed_text_and_changed_tokenizer_are_tokenised_again(tmp_path, documents, tokenizer):
     def key(documents, tokenizer):
         return tokenise([str(write_corpus(tmp_path / "x.txt", documents))], tokenizer, tmp_path / "cache").key

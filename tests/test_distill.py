@@ -448,6 +448,13 @@ def test_deterministic_is_passed_on_to_torch(run, monkeypatch):
     assert not torch.utils.deterministic.fill_uninitialized_memory
 
 
+def test_a_student_that_is_not_finite_after_the_last_step_is_not_saved(run, capsys):
+    code, output = run("--learning-rate", 1e9, "--clip", 0, "--steps", 1)
+    error = capsys.readouterr().err
+    assert code == 2 and error.count("\n") == 1 and "not finite after the last step" in error
+    assert not (output / "student").exists()
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_in_one_line(run, capsys):
     code, output = run("--learning-rate", 1e9, "--clip", 0)
     error = capsys.readouterr().err
@@ -728,7 +735,8 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(run, folder, tmp_path
     shutil.copytree(folder / "teacher", tmp_path / "bad")
     words = (tmp_path / "bad" / "vocab.txt").read_text() + "one\nmore\n"
     (tmp_path / "bad" / "vocab.txt").write_text(words)
-    (tmp_path / "bad" / "tokenizer.json").unlink()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "bad" / name).unlink()
     assert_refused(*run("--teacher", tmp_path / "bad"), capsys, "outside the model's vocabulary")
 
 

@@ -152,7 +152,8 @@ def test_runs_in_the_saved_results_are_not_made_again(logged, tmp_path, monkeypa
         experiment.compare({"plain": {}}, [0], corpus="text.txt")
     assert len(logged) == 5
     monkeypatch.setattr(experiment, "origin", lambda corpus, teacher: {"teacher": "T", "corpus": "another text"})
-    experiment.compare({"plain": {}}, [1], corpus="text.txt")
+    with pytest.raises(experiment.InputError, match="made from another text or teacher of the same name"):
+        experiment.compare({"plain": {}}, [1], corpus="text.txt")
     assert len(logged) == 6
 
 
@@ -192,6 +193,22 @@ def test_an_arm_gets_the_learning_rate_with_the_lowest_kl_at_the_end_of_its_trai
     assert [(row["arm"], row["seed"], row["stsb"]) for row in result["rows"]] == [
         (arm, seed, [50.0]) for arm in ("plain", "imitation") for seed in (0, 1)]
     assert [row["training_kl"] for row in result["other_rows"][:3]] == [3.0, 1.0, 2.0] and len(logged) == 2 * (3 + 2)
+
+
+def test_fine_tuned_metrics_are_those_of_the_model_for_every_task_and_seed(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(experiment, "RUNS", tmp_path)
+    monkeypatch.setattr(experiment, "program", lambda *words: commands.append(list(map(str, words))))
+    for model in ("mine", "other"):
+        for task, seed in (("rte", 0), ("rte", 1), ("cola", 0)):
+            folder = tmp_path / "finetuned" / model / f"{task}-seed{seed}"
+            folder.mkdir(parents=True)
+            metrics = {"score": f"{model} {task} {seed}"}
+            (folder / "result.json").write_text(json.dumps({"model": model, "task": task, "metrics": metrics}))
+    assert experiment.finetuned(Path("mine"), "glue", ["--seeds", 0, 1]) == {
+        "rte": [{"score": "mine rte 0"}, {"score": "mine rte 1"}], "cola": [{"score": "mine cola 0"}]}
+    assert commands == [["finetune.py", "--model", "mine", "--data", "glue", "--output", str(tmp_path / "finetuned"),
+                         "--seeds", "0", "1"]]
 
 
 def test_the_origin_of_a_run_is_that_in_its_record(tmp_path):
@@ -324,7 +341,7 @@ SAVED = sorted(path.stem for path in (ROOT / "experiments" / "results").glob("*.
 @pytest.mark.parametrize("name", SAVED)
 def test_a_saved_result_tells_its_origin_and_can_be_drawn(name):
     result = json.loads((ROOT / "experiments" / "results" / f"{name}.json").read_text())
-    for row in [*result["rows"], *result.get("other_rows", [])]:
+    for row in itertools.chain(*(rows for key, rows in result.items() if key.endswith("rows"))):
         if "run" in row:  # `compare` reuses it only if BASE is the same
             assert result["base"] == experiment.BASE and {"commit", "machine", "teacher", "corpus"} <= set(row)
     assert {"command", "machine", "versions", "commit", "date"} <= set(result) and result["rows"]

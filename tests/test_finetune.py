@@ -394,9 +394,16 @@ def test_predictions_do_not_depend_on_the_batch_size(checkpoint, tokenizer):
             assert len(rows) > len(many) == 13
 
 
-def test_a_loss_that_is_not_finite_is_an_error(start, capsys, monkeypatch):
+def test_outputs_that_are_not_finite_are_an_error(start, capsys, monkeypatch):
     monkeypatch.setattr(finetune, "task_loss", lambda kind, logits, labels: logits.sum() * float("nan"))
     assert_one_line_error(start("--max-steps", 1), capsys, ["not finite", "--learning-rate"])
+
+
+def test_an_output_folder_that_cannot_be_written_is_noticed_before_training(start, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune, "fine_tune", lambda *_: pytest.fail("trained in vain"))
+    (tmp_path / "out").mkdir()
+    make_job(model=str(checkpoint)).folder(tmp_path / "out").parent.touch()
+    assert start("--output", tmp_path / "out") == 2
 
 
 @pytest.mark.parametrize("native, chosen", [(False, "fp32"), (True, "bf16")])

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import data
 import distill
 from data import MaskedRows
-from support import distributed, run_folder
+from support import distributed, run_folder, session
 from support.errors import InputError, Interrupted, LocalError, run_program
 from support.files import model_fingerprint
 from support.session import Session, graceful_stop
@@ -249,6 +249,37 @@ def test_overwriting_a_run_removes_what_was_made_of_it(runs, tmp_path):
     assert_same_end(tmp_path / "run", runs.undisturbed())
 
 
+def test_overwriting_a_run_forgets_checkpoints_behind_a_link_and_leaves_them_where_they_are(runs, tmp_path):
+    output, elsewhere = runs.killed(tmp_path / "run", 3), tmp_path / "elsewhere"
+    (output / "checkpoints").rename(elsewhere)
+    (output / "checkpoints").symlink_to(elsewhere)
+    runs.killed(output, 0, "--overwrite")
+    assert not (output / "checkpoints").exists() and len(list(elsewhere.iterdir())) == 2
+
+
+def test_a_checkpoint_that_another_run_saves_meanwhile_is_not_overlooked(runs, tmp_path, monkeypatch, capsys):
+    output, claimed = runs.killed(tmp_path / "run", 3), run_folder.claimed
+
+    def after_the_other(output):
+        (output / "checkpoints" / "step-0000000009-late.pt").touch()
+        return claimed(output)
+
+    monkeypatch.setattr(run_folder, "claimed", after_the_other)
+    assert resume(output) == 2
+    assert "has only just stopped: repeat the command" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--output", "--cache-dir"])
+def test_a_folder_of_text_cannot_hold_the_run_or_the_cache(runs, corpus, tmp_path, capsys, flag):
+    """Their files would be read as text when the run is resumed."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    shutil.copy(corpus, texts / "text.txt")
+    assert runs.distill(tmp_path / "run", "--corpus", texts, flag, texts / "inside") == 2
+    assert f"{texts / 'inside'} is in the corpus {texts}" in capsys.readouterr().err
+    assert [path.name for path in texts.iterdir()] == ["text.txt"]
+
+
 def test_the_command_of_a_run_can_be_given_again_with_resume(tmp_path, refused):
     """Although run.json records what the program added to it: the preset demo, and the precision that auto chose."""
     flags = vars(distill.parse_arguments(["--preset", "imitation"])) | {"precision": "fp32", "output": tmp_path}
@@ -363,6 +394,14 @@ def test_a_signal_is_answered_at_once_and_a_second_one_ends_the_process(capfd):
             os.kill(os.getpid(), signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_several_processes_outlive_a_second_signal_which_torchrun_may_pass_on(monkeypatch):
+    monkeypatch.setattr(session, "WORLD", 2)
+    with graceful_stop() as received:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert received == [signal.SIGTERM] * 2
 
 
 def test_a_signal_during_the_exchange_between_processes_is_reported_to_all_in_the_next_one(monkeypatch):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 
 import numpy as np
 import pytest
@@ -49,6 +50,8 @@ def one_question_file(**changes) -> str:
     (one_question_file(question=None), ["q7", "format"]),
     (one_question_file()[:-2] + ', {"title": "u"}]}', ["after question q7", "format"]),
     (one_question_file(answers=[{"text": 3, "answer_start": 0}]), ["q7", "format"]),
+    (one_question_file(answers=[{"text": "old", "answer_start": math.inf}]), ["q7", "format"]),
+    (one_question_file(question="half a \ud800 pair"), ["q7", "format"]),
 ])
 def test_bad_files_are_named_with_their_question(content, words, tmp_path, refused):
     path = tmp_path / "train-v1.1.json"

@@ -107,6 +107,14 @@ def test_several_processes_train_the_same_student(runs, tmp_path, count, more):
         assert line == other if "before" in line else line == pytest.approx(other, rel=1e-3, abs=1e-5)
 
 
+def test_the_variables_of_other_launchers_do_not_make_one_process_many():
+    command = [sys.executable, "-c", "from support import distributed; print(distributed.RANK, distributed.WORLD)"]
+    environment = {name: value for name, value in ONE_THREAD.items() if name != "MASTER_ADDR"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
+                          env=environment | {"RANK": "1", "WORLD_SIZE": "2"})
+    assert done.stdout == "0 1\n", done.stderr
+
+
 def test_the_process_group_is_closed_at_the_end(runs, tmp_path):
     program = script(tmp_path, "code = distill.main(sys.argv[1:])",
                      "sys.exit(code or distributed.dist.is_initialized())")

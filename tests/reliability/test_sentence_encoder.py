@@ -245,6 +245,15 @@ def test_keep_space_needs_a_sentence_encoder(checkpoint, distilled, capsys):
     assert not student.parent.exists()
 
 
+def test_keep_space_needs_sentences_to_fit_on(teacher, distilled, capsys, monkeypatch):
+    sentences_of = session.sentences_of
+    monkeypatch.setattr(session, "sentences_of", lambda rows, count, tokenizer: (
+        [] if count == session.FIT_SENTENCES else sentences_of(rows, count, tokenizer)))
+    code, student = distilled(teacher(*VARIANTS[0]), "--keep-space")
+    assert code == 2 and "--keep-space finds no sentence to fit on" in capsys.readouterr().err
+    assert not student.parent.exists()
+
+
 def test_the_end_table_compares_sentence_vectors(teacher, distilled, capsys):
     folder = teacher()
     for flags, named in (((), ["Spearman"]), (("--keep-space",), ["Spearman", "cosine to the", "own sentence first"])):
