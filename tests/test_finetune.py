@@ -399,11 +399,17 @@ def test_outputs_that_are_not_finite_are_an_error(start, capsys, monkeypatch):
     assert_one_line_error(start("--max-steps", 1), capsys, ["not finite", "--learning-rate"])
 
 
-def test_an_output_folder_that_cannot_be_written_is_noticed_before_training(start, checkpoint, tmp_path, monkeypatch):
+def test_an_output_folder_that_cannot_be_written_is_noticed_before_training(start, tmp_path, monkeypatch, capsys):
+    mkdir = Path.mkdir
+
+    def read_only(path, *rest, **options):
+        if path.parent == tmp_path / "out":
+            raise OSError("read-only")
+        mkdir(path, *rest, **options)
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
     monkeypatch.setattr(finetune, "fine_tune", lambda *_: pytest.fail("trained in vain"))
-    (tmp_path / "out").mkdir()
-    make_job(model=str(checkpoint)).folder(tmp_path / "out").parent.touch()
-    assert start("--output", tmp_path / "out") == 2
+    assert_one_line_error(start(), capsys, ["read-only"])
 
 
 @pytest.mark.parametrize("native, chosen", [(False, "fp32"), (True, "bf16")])

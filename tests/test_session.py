@@ -398,10 +398,12 @@ def test_a_signal_is_answered_at_once_and_a_second_one_ends_the_process(capfd):
 
 def test_several_processes_outlive_a_second_signal_which_torchrun_may_pass_on(monkeypatch):
     monkeypatch.setattr(session, "WORLD", 2)
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("the process would have ended"))
     with graceful_stop() as received:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
-        assert received == [signal.SIGTERM] * 2
+    signal.signal(signal.SIGTERM, before)
+    assert received == [signal.SIGTERM] * 2
 
 
 def test_a_signal_during_the_exchange_between_processes_is_reported_to_all_in_the_next_one(monkeypatch):

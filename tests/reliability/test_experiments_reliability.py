@@ -18,19 +18,19 @@ def test_a_run_is_made_once_and_an_interrupted_one_is_resumed(checkpoint, corpus
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(experiment, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(experiment, "BASE", {
-        "teacher": checkpoint, "corpus": str(corpus), "cache_dir": tmp_path / "cache", "steps": 4, "batch-size": 4,
-        "seq-length": 16, "eval-every": 1, "log-every": 2, "device": "cpu"})
+        "corpus": str(corpus), "cache_dir": tmp_path / "cache", "steps": 4, "batch-size": 4, "seq-length": 16,
+        "eval-every": 1, "log-every": 2, "device": "cpu"})
     commands, program = [], experiment.program
     monkeypatch.setattr(experiment, "program", lambda *words: (commands.append(words), program(*words)))
     arms = {"plain": {}, "random": {"init": "random"}, "again": {}}
-    plain, random, again = experiment.compare(arms, [0], str(corpus))
+    plain, random, again = experiment.compare(arms, [0], str(corpus), checkpoint)
     assert len(commands) == 2
     assert plain["kl"] == again["kl"] != random["kl"] and random["kl"][0] > plain["kl"][0] == 0
     assert plain["step"] == [0, 1, 2, 3, 4] and plain["tokens"] == [step * 4 * 16 for step in range(5)]
-    folder = experiment.distil(seed=0)
+    folder = experiment.distil(seed=0, teacher=checkpoint)
     weights = (folder / "student" / "model.safetensors").read_bytes()
     (folder / "student").rename(tmp_path / "student")
-    experiment.distil(seed=0)
+    experiment.distil(seed=0, teacher=checkpoint)
     assert "--resume" in commands[-1] and (folder / "student" / "model.safetensors").read_bytes() == weights
 
 

@@ -123,8 +123,10 @@ def test_the_script_refuses_a_model_as_output_a_short_text_and_a_loss_that_is_no
     with refused("holds a model"):
         train()
     (tmp_path / "text.txt").write_text("a b\n\nc d")
-    with refused("512 training tokens"):
+    with refused("different pieces of words"):
         train(output="short")
+    with refused("512 training tokens"):
+        train("--encoder", str(TEACHERS / "small"), output="short")
 
 
 def test_the_script_keeps_the_head_of_a_masked_lm(train):
