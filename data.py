@@ -82,7 +82,7 @@ class MaskedRows:
         blocks_per_row = -(-(s + 2 * m) // 4)  # Philox can jump to `first`, in blocks of four numbers
         generator = np.random.Philox(key=[seed, step]).advance(first * blocks_per_row)
         uniform = np.random.Generator(generator).random((b, 4 * blocks_per_row))
-        uniform = uniform[:, 1 : s - 1 + 2 * m]  # (B,S-2+2m); a first number is skipped, as in earlier runs
+        uniform = uniform[:, 1 : s - 1 + 2 * m]  # (B,S-2+2m); skipping the first keeps old runs repeatable
         chosen, action, word = np.split(uniform, [s - 2, s - 2 + m], axis=1)  # (B,S-2), (B,m), (B,m)
 
         # The m smallest are masked: (B,m), never [CLS] or [SEP].

@@ -68,8 +68,8 @@ METHOD_FLAGS = (
     Flag("--alpha-hidn", 1.0, NONNEGATIVE, "Weight of the distance between layer outputs."),
     Flag("--alpha-emb", 1.0, NONNEGATIVE, "Weight of the distance between embedding outputs."),
     Flag("--alpha-attn", 1.0, NONNEGATIVE, "Weight of the distance between attention scores."),
-    Flag("--alpha-pool", 1.0, NONNEGATIVE, "Weight of the distance between sentence vectors, of sentence encoders (our "
-         "extension)."),
+    Flag("--alpha-pool", 1.0, NONNEGATIVE, "For sentence encoders: weight of the distance between sentence vectors "
+         "(our extension)."),
     Flag("--temperature", 1.0, number(float, 1e-3, 1e3), "Temperature tau of the KL divergence. Our choice."),
     Flag("--prune-start", 0.0, FRACTION, "Fraction of the run at which pruning starts, t_i. Our choice."),
     Flag("--prune-end", 0.7, number(float, 0, 0.9), "Fraction of the run at which the target shape is reached, t_f "

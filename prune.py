@@ -167,7 +167,7 @@ def scheduled_shape(step: float, start: float, end: float, teacher: Shape, targe
 
     Every width goes from the teacher's to the target's: target + (teacher - target) * fraction_to_prune(t). The number
     of pruned units is rounded to a multiple of `granularity` for D and K (attention kernels want K to be a multiple of
-    8) and of 4 times that for F; if fewer are to be pruned in all, they are pruned at once. H*K shrinks by whole heads
+    8) and of 4 times that for F; if fewer are to be pruned in all, all go in one step. H*K shrinks by whole heads
     first: K stays the teacher's until H is the target's.
     """
     fraction = fraction_to_prune(step, start, end, power)

@@ -119,26 +119,27 @@ def origin(corpus: str, teacher: Path) -> dict[str, str]:
     return {"teacher": model_fingerprint(teacher), "corpus": key}
 
 
-def saved_rows(corpus: str, teacher: Path) -> dict[str, dict]:
-    """By name, the runs in the saved results with BASE, this teacher and this text. They need not be made again in
-    another clone."""
-    results, same = [json.loads(path.read_text()) for path in RESULTS.glob("*.json")], origin(corpus, teacher).items()
+def saved_rows(origin: dict[str, str]) -> dict[str, dict]:
+    """By name, the runs in the saved results with BASE and this origin. They need not be made again in another
+    clone."""
+    results = [json.loads(path.read_text()) for path in RESULTS.glob("*.json")]
     return {row["run"]: row for result in results if result["base"] == BASE
             for name, rows in result.items() if name.endswith("rows") for row in rows
-            if "run" in row and same <= row.items()}
+            if "run" in row and origin.items() <= row.items()}
 
 
 def compare(arms: dict[str, dict], seeds: list[int], corpus: str, teacher=None, more=lambda run: {}) -> list[dict]:
     """Every arm (name -> flags) with every seed on a text: rows of `arm`, `seed`, the run's summary and what `more`
     measures of its folder, saved or new. teacher: None for the bundled one. Raises InputError."""
-    rows, saved = {}, saved_rows(corpus, Path(teacher or BUNDLED))
+    same = origin(corpus, Path(teacher or BUNDLED))
+    rows, saved = {}, saved_rows(same)
     for seed, arm in itertools.product(seeds, arms):
         flags = arms[arm] | {"corpus": corpus, "seed": seed} | ({"teacher": teacher} if teacher else {})
         row = saved.get(run_name(**flags))
         if row is None:
             run = distil(**flags)
             row = summary(run) | more(run)
-            if not origin(corpus, Path(teacher or BUNDLED)).items() <= row.items():
+            if not same.items() <= row.items():
                 raise InputError(f"{run} was made from another text or teacher of the same name: delete it")
         rows[arm, seed] = row | {"arm": arm, "seed": seed}
     return [rows[arm, seed] for arm in arms for seed in seeds]

@@ -225,7 +225,7 @@ def tokenise(corpora: list[str], tokenizer: Tokenizer, cache: Path, columns: Seq
         meta = read_json(folder / "meta.json")
         sides = [np.memmap(folder / f"{side}.bin", meta["dtype"], "r", shape=meta[side])
                  for side in ("train", "heldout")]  # an error if a file is too short
-    except (InputError, OSError, KeyError, ValueError) as error:
+    except (InputError, OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{folder} is damaged: delete it ({one_line(error)})") from None
     if meta["replaced"]:
         print(f"corpus: characters read as U+FFFD because the text is not UTF-8: {meta['replaced']}", file=sys.stderr)

@@ -35,8 +35,8 @@ FIT_SENTENCES, REPORT_SENTENCES = 8192, 1000
 @contextlib.contextmanager
 def graceful_stop():
     """`with graceful_stop() as received`: the number of the first SIGTERM or Ctrl-C is put into the list `received`, so
-    that the loop can save and stop. A second one ends the process at once, so a message says that the first was
-    received: a step or an evaluation can take minutes."""
+    that the loop can save and stop. A message confirms it, because a step or an evaluation can take minutes and a
+    second signal ends a single process at once."""
     received: list[int] = []
     with contextlib.ExitStack() as previous_handlers:
         def remember(number, frame):
