@@ -145,14 +145,15 @@ def compare(arms: dict[str, dict], seeds: list[int], corpus: str, teacher=None, 
     return [rows[arm, seed] for arm in arms for seed in seeds]
 
 
-def finetuned(model: Path, data: str, flags: list) -> dict[str, list[dict]]:
-    """The metrics on dev of a model fine-tuned by finetune.py with these flags: task -> those of every seed."""
+def finetuned(model: Path, data: str, flags: list, more=lambda folder: {}) -> dict[str, list[dict]]:
+    """Fine-tune a model with finetune.py and these flags: task -> for every seed the metrics on dev, and what `more`
+    measures of the fine-tuned model's folder."""
     output, metrics = RUNS / "finetuned", {}
     program("finetune.py", "--model", model, "--data", data, "--output", output, *flags)
     for path in sorted(output.glob("*/*/result.json")):
         result = json.loads(path.read_text())
         if result["model"] == str(model):
-            metrics.setdefault(result["task"], []).append(result["metrics"])
+            metrics.setdefault(result["task"], []).append(result["metrics"] | more(path.parent))
     return metrics
 
 

@@ -9,21 +9,18 @@ sentences; a third of the width gets the rate of half.
 
 import json
 import shutil
-import statistics
 import time
 from pathlib import Path
 
 import experiment
-import export_onnx
-import onnxruntime
 import torch
 import torch.nn.functional as F
-import transformers
 from sentences import Judge, pooled_teacher
+from speed import milliseconds_per_row
 
 from distill import learning_rate
 from model import Bert
-from support.checkpoint import load_config, load_model, save_model
+from support.checkpoint import load_model, save_model
 from support.evaluation import sentence_agreement
 from support.files import write_atomically
 from support.squad import read_squad
@@ -33,8 +30,6 @@ HALF, HALF_RATES = {"steps": 2500, "batch_size": 32}, (6e-4, 1.2e-3, 2.4e-3)
 THIRD = {"steps": 750, "batch_size": 32, "target_width": 128}
 LAYERS, LAYER_RATES = {"steps": 2000, "batch_size": 32}, (1e-4, 3e-4, 1e-3)  # about the time of HALF
 PARAGRAPHS = 2000
-REPEATS = 9
-LIBRARIES = ("transformers", "onnxruntime")
 
 
 def smaller_width(judge: Judge, args, rate: float, **flags) -> Path:
@@ -117,32 +112,6 @@ def best_rate(judge: Judge, student, args, rates) -> tuple[float, dict[float, fl
     return max(agreements, key=agreements.get), agreements
 
 
-def milliseconds_per_row(models: dict[str, Path]) -> dict[str, dict[str, list[float]]]:
-    """Model -> library -> lower quartile, median and upper quartile."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    inputs = export_onnx.example(load_config(models["teacher"]), 16, 128)
-    tensors = dict(zip(export_onnx.INPUTS, inputs, strict=True)) | {"attention_mask": torch.ones_like(inputs[1])}
-    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-    calls, times = {}, {}
-    for arm, folder in models.items():
-        path = experiment.RUNS / "student.onnx"
-        student = export_onnx.Student(folder)
-        student.bert.cls = None  # onnxruntime computes the logits even if nobody asks for them
-        export_onnx.export(student, path)
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        bert = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
-        calls[arm, "transformers"] = lambda bert=bert: bert(**tensors)
-        calls[arm, "onnxruntime"] = lambda session=session: session.run(["last_hidden_state"], arrays)
-    with torch.no_grad():
-        for _ in range(REPEATS + 1):
-            for key, call in calls.items():
-                start = time.perf_counter()
-                call()
-                times.setdefault(key, []).append((time.perf_counter() - start) * 1000 / 16)
-    return {arm: {library: statistics.quantiles(times[arm, library][1:]) for library in LIBRARIES} for arm in models}
-
-
 def measure(args) -> dict:
     judge = Judge(Path(args.teacher), args)
     search = Search(Path(args.squad), judge)
@@ -186,7 +155,8 @@ def draw(result: dict):
     for axis, key, label in zip(axes, ("stsb", "recall"), ("STS-B dev, Spearman (percent)",
                                                          "search, recall at 1 (percent)"), strict=True):
         for row in result["rows"]:
-            colour, point = colours.get(row["arm"], experiment.OURS), (row["onnxruntime"][1], row[f"{key}_own"])
+            colour = colours.get(row["arm"], experiment.OURS)
+            point = row["onnxruntime float32"][1], row[f"{key}_own"]
             axis.plot(*point, "o", color=colour)
             axis.annotate(row["arm"], point, (6, 6), textcoords="offset points", color=colour)
         axis.set(xlabel="milliseconds per row of 128 tokens in onnxruntime", ylabel=label)

@@ -10,11 +10,11 @@ import shutil
 from pathlib import Path
 
 import experiment
-import export_onnx
 import numpy as np
 import onnxruntime
 import torch
 import torch.nn.functional as F
+from speed import onnx_files, run
 
 import data
 from support.checkpoint import load_config, load_model, load_tokenizer
@@ -37,15 +37,6 @@ def pooled_teacher(folder: Path, pooling: str) -> Path:
     config = {"word_embedding_dimension": load_config(folder).hidden_size, POOLING[pooling]: True}
     (copy / "1_Pooling" / "config.json").write_text(json.dumps(config))
     return copy
-
-
-def int8_file(folder: Path) -> Path:
-    """The checkpoint in `folder`, exported for onnxruntime with weights in int8."""
-    path = folder / "int8.onnx"
-    if not path.is_file():
-        export_onnx.export(export_onnx.Student(folder), folder / "float32.onnx")
-        export_onnx.quantize(folder / "float32.onnx", path)
-    return path
 
 
 class Judge:
@@ -77,12 +68,9 @@ class Judge:
         kept = self.encoder.fitted(bert, self.teacher, self.fit)
 
         def int8(sentences):
-            session, parts = onnxruntime.InferenceSession(int8_file(folder), providers=["CPUExecutionProvider"]), []
-            for ids in sentences:  # one by one, without padding
-                inputs = zip(export_onnx.INPUTS, (ids, np.ones_like(ids), np.zeros_like(ids)), strict=True)
-                feeds = {name: values[None].astype(np.int64) for name, values in inputs}
-                parts.append(torch.from_numpy(session.run(["sentence_embedding"], feeds)[0]))
-            return torch.cat(parts)
+            session = onnxruntime.InferenceSession(onnx_files(folder)["int8"], providers=["CPUExecutionProvider"])
+            return torch.cat([run(session, "sentence_embedding", ids[None], np.ones_like(ids)[None],
+                                  np.zeros_like(ids)[None]) for ids in sentences])  # one by one, without padding
 
         return {"own": lambda sentences: own.vectors(bert, sentences),
                 "kept": lambda sentences: kept.vectors(bert, sentences), "int8": int8}
@@ -96,7 +84,7 @@ class Judge:
         for name in ("own", "kept"):
             agreement = sentence_agreement(vectors[name](self.heldout), self.expected)
             result |= {f"{name}_{key}": value for key, value in agreement.items()}
-        sizes = {"megabytes": folder / "model.safetensors", "megabytes_int8": int8_file(folder)}
+        sizes = {"megabytes": folder / "model.safetensors", "megabytes_int8": onnx_files(folder)["int8"]}
         return result | {name: file.stat().st_size / 1e6 for name, file in sizes.items()}
 
 

@@ -205,8 +205,9 @@ def test_fine_tuned_metrics_are_those_of_the_model_for_every_task_and_seed(tmp_p
             folder.mkdir(parents=True)
             metrics = {"score": f"{model} {task} {seed}"}
             (folder / "result.json").write_text(json.dumps({"model": model, "task": task, "metrics": metrics}))
-    assert experiment.finetuned(Path("mine"), "glue", ["--seeds", 0, 1]) == {
-        "rte": [{"score": "mine rte 0"}, {"score": "mine rte 1"}], "cola": [{"score": "mine cola 0"}]}
+    scores = experiment.finetuned(Path("mine"), "glue", ["--seeds", 0, 1], more=lambda folder: {"name": folder.name})
+    assert scores == {"rte": [{"score": f"mine rte {seed}", "name": f"rte-seed{seed}"} for seed in (0, 1)],
+                      "cola": [{"score": "mine cola 0", "name": "cola-seed0"}]}
     assert commands == [["finetune.py", "--model", "mine", "--data", "glue", "--output", str(tmp_path / "finetuned"),
                          "--seeds", "0", "1"]]
 
@@ -345,7 +346,7 @@ def test_a_saved_result_tells_its_origin_and_can_be_drawn(name):
         if "run" in row:  # `compare` reuses it only if BASE is the same
             assert result["base"] == experiment.BASE and {"commit", "machine", "teacher", "corpus"} <= set(row)
     assert {"command", "machine", "versions", "commit", "date"} <= set(result) and result["rows"]
-    if name in ("sentences", "minilm"):
+    if name in ("sentences", "minilm", "widths"):
         pytest.importorskip("onnxruntime")
     figure = importlib.import_module(name).draw(result)
     assert all(axis.has_data() for axis in figure.axes)

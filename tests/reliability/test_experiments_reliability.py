@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from made_up_tasks import write_glue
 
 from support.checkpoint import load_model, save_model
 
@@ -54,3 +55,14 @@ def test_an_exported_student_computes_the_same_in_onnxruntime(checkpoint, tmp_pa
     np.testing.assert_allclose(hidden[0], ours[0], atol=1e-4)  # the row without padding
     assert export_onnx.main([str(tmp_path / "missing"), str(path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_fine_tuned_model_predicts_the_same_in_onnxruntime_and_nearly_in_int8(checkpoint, tmp_path, monkeypatch):
+    widths = pytest.importorskip("widths")
+    monkeypatch.setattr(experiment, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(widths, "FINETUNE", ["--learning-rate", 1e-3, "--epochs", 6, "--batch-size", 8,
+                                            "--precision", "fp32"])
+    monkeypatch.setattr(widths, "SEEDS", {"stsb": [3]})
+    metrics, = widths.finetuned(checkpoint, "stsb", str(write_glue("stsb", tmp_path / "STS-B", train=64, dev=40)))
+    assert metrics["pearson"] > 50 and metrics["float32"]["pearson"] == pytest.approx(metrics["pearson"], abs=1e-3)
+    assert 1e-2 < abs(metrics["int8"]["pearson"] - metrics["pearson"]) < 5

@@ -1,0 +1,102 @@
+"""Width against quality and speed: a language model at 3/4, 1/2, 1/3 and 1/4 of its width, fine-tuned, and timed.
+
+The fine-tuned models are judged in float32 and in int8, with the encoder in onnxruntime.
+"""
+
+import statistics
+from pathlib import Path
+
+import experiment
+import onnxruntime
+import torch
+import torch.nn.functional as F
+from speed import milliseconds_per_row, onnx_files, run
+from torch import nn
+
+import finetune
+from support.checkpoint import load_config, load_model, load_tokenizer, read_tensors
+from support.files import read_json
+from support.glue import TASKS, encode, find_data, read_task
+
+WIDTHS = {"3/4": 288, "1/2": 192, "1/3": 128, "1/4": 96}
+FLAGS = {"preset": "imitation", "learning_rate": 1e-3, "steps": 3000, "eval_every": 500, "precision": "bf16", "seed": 0}
+FINETUNE = ["--learning-rate", 2e-4, "--precision", "bf16"]
+SEEDS = {"stsb": [0, 1, 2], "sst2": [0]}  # of the fine-tuning
+METRICS = {"stsb": ("spearman", "STS-B dev, Spearman (percent)"), "sst2": ("accuracy", "SST-2 dev, accuracy (percent)")}
+LIBRARIES = {"transformers": (experiment.OTHER, "float32"), "onnxruntime float32": (experiment.PAPER, "float32"),
+             "onnxruntime int8": (experiment.OURS, "int8")}  # colour and precision
+
+
+class InOnnxruntime(nn.Module):
+    """A fine-tuned model for `finetune.evaluate`: its encoder in onnxruntime, in "float32" or "int8"."""
+
+    def __init__(self, folder: Path, task: str, precision: str):
+        super().__init__()
+        self.bert, self.kind = load_model(folder).eval(), TASKS[task].kind
+        self.config = self.bert.config
+        self.session = onnxruntime.InferenceSession(onnx_files(folder)[precision], providers=["CPUExecutionProvider"])
+        tensors = read_tensors(folder)
+        self.head = tensors["classifier.weight"], tensors["classifier.bias"]
+
+    def forward(self, input_ids, token_type_ids, attention_mask):
+        hidden = run(self.session, "last_hidden_state", input_ids, attention_mask, token_type_ids)  # (B,S,D)
+        return F.linear(self.bert.pooled(hidden), *self.head)  # (B,C)
+
+
+def finetuned(model: Path, task: str, data: str) -> list[dict]:
+    """For every seed the metrics on dev in float32 and in int8."""
+    examples = read_task(task, find_data(data, [task], skip_missing=False)[task])["dev"]
+
+    def in_onnxruntime(folder: Path) -> dict:
+        job = finetune.Job(**{name: value for name, value in read_json(folder / "result.json").items()
+                              if name in finetune.Job.__dataclass_fields__} | {"bf16": False})
+        rows = {"dev": encode(examples, load_tokenizer(folder, load_config(folder).vocab_size), job.max_length)}
+        return {precision: finetune.evaluate(InOnnxruntime(folder, task, precision), rows, job, torch.device("cpu"))
+                for precision in ("float32", "int8")}
+
+    flags = ["--task", task, "--seeds", *SEEDS[task], *FINETUNE]
+    return experiment.finetuned(model, data, flags, more=in_onnxruntime)[task]
+
+
+def measure(args) -> dict:
+    models = {"teacher": Path(args.teacher)} | {
+        arm: experiment.distil(**FLAGS, target_width=width, teacher=args.teacher, corpus=args.corpus) / "student"
+        for arm, width in WIDTHS.items()}
+    rows = []
+    for arm, folder in models.items():
+        megabytes = {name: path.stat().st_size / 1e6 for name, path in onnx_files(folder).items()}
+        own = experiment.summary(folder.parent) if arm in WIDTHS else {}
+        rows.append({"arm": arm, "megabytes": megabytes} | own | {
+            task: finetuned(folder, task, args.data) for task in SEEDS})
+    times = milliseconds_per_row(models)
+    return {"flags": FLAGS, "finetuning": FINETUNE, "rows": [row | times[row["arm"]] for row in rows]}
+
+
+def score(row: dict, task: str, metric: str, precision: str) -> float:
+    """The mean over the fine-tuning seeds."""
+    return statistics.fmean(each[precision][metric] for each in row[task])
+
+
+def draw(result: dict):
+    figure, axes = experiment.panels(
+        "Width against quality and speed",
+        "6 × 384; 3,000 steps of 8 x 128 tokens of Wikipedia, preset imitation; one student of each width; means over "
+        f"{len(SEEDS['stsb'])} (STS-B) and {len(SEEDS['sst2'])} (SST-2) fine-tuning seeds; {result['threads']} threads",
+        2, 4.2)
+    for axis, (task, (metric, label)) in zip(axes, METRICS.items(), strict=True):
+        for library, (colour, precision) in LIBRARIES.items():
+            points = [(row[library][1], score(row, task, metric, precision)) for row in result["rows"]]
+            axis.plot(*zip(*points, strict=True), marker="o", color=colour, label=library)
+            for row, point in zip(result["rows"], points, strict=True):
+                axis.annotate(row["arm"], point, (5, -11), textcoords="offset points", color=colour, fontsize="small")
+        axis.set(xlabel="milliseconds per row of 128 tokens", ylabel=label)
+        axis.set_xlim(left=0)
+        axis.margins(x=0.1)
+        axis.grid(alpha=0.25)
+    axes[0].legend(frameon=False, loc="lower right")
+    return figure
+
+
+if __name__ == "__main__":
+    experiment.main("widths", __doc__, measure, draw, teacher="Folder of the teacher.", corpus="Text to train on.",
+                    data="Folder of GLUE.")
