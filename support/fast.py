@@ -3,8 +3,7 @@ compiled(...)`, which Session puts around the loop if it is `worth_compiling`, c
 
 Memory traffic bounds a step on a GPU. For the paper's settings on one H100 benchmarks/traffic.py predicts 5.4 hours
 instead of 8.6; nothing was measured on a GPU. Evaluations and the fits of --compensate, which put hooks into the
-layers, are not compiled. Both use the one matmul, and evaluations bf16 between layers. TORCH_COMPILE_DISABLE=1 switches
-everything off.
+layers, are not compiled; evaluations use bf16 between layers, too. TORCH_COMPILE_DISABLE=1 switches everything off.
 """
 
 import contextlib
@@ -13,10 +12,9 @@ import shlex
 import sys
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from model import Layer, LayerNorm, SelfAttention
+from model import Layer, LayerNorm
 from support.distributed import WORLD
 from support.errors import InputError, one_line
 
@@ -37,14 +35,6 @@ def in_autocast_dtype(module: nn.Module, inputs, output):
     output becomes bf16, and with it everything between two layers."""
     device = output.device.type
     return output.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else output
-
-
-def one_matmul(self: SelfAttention, x):
-    """SelfAttention.forward with the three matrices stacked: x (B,S,D) is read once instead of three times."""
-    linears = (self.query, self.key, self.value)
-    weight = torch.stack([linear.weight for linear in linears]).flatten(0, 1)  # (3*H*K,D)
-    bias = torch.stack([linear.bias for linear in linears]).flatten()  # (3*H*K,)
-    return F.linear(x, weight, bias).unflatten(-1, (3, -1)).unbind(-2)  # each (B,S,H*K)
 
 
 def student_layer(layer: Layer, *inputs):
@@ -76,7 +66,6 @@ def switch_on(undo: contextlib.ExitStack, student, teacher, losses, backend: str
                 return forward(layer, *inputs) if student.training else Layer.forward(layer, *inputs)
 
             replace(layer, "forward", training_or_plain)
-            replace(layer.attention["self"], "forward", one_matmul.__get__(layer.attention["self"]))
         for module in bert.modules():
             if isinstance(module, LayerNorm):
                 undo.callback(module.register_forward_hook(in_autocast_dtype).remove)

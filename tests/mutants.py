@@ -367,7 +367,6 @@ MUTANTS = [
      'tokenizer.save(str(folder / "tokenizer.json"))', "checkpoint", "full_disk"),
     ("experiments/experiment.py", "tokenizer, TEXT, math.inf)", "tokenizer, TEXT, 10**9)", "experiments", "origin"),
     # support/fast.py
-    ("support/fast.py", "(self.query, self.key, self.value)", "(self.key, self.query, self.value)", "fast", "one_matmul"),
     ("support/fast.py", "output.to(torch.get_autocast_dtype(device)) if", "output if", "fast", "layer_norm_rounds"),
     ("support/fast.py", "zip(student, teacher, strict=True)) / len(teacher))", "zip(student, teacher, strict=True)))", "fast",
      "compiled_losses"),

@@ -256,10 +256,9 @@ def test_traffic_of_a_step(toy):
         errors = 5 * 2 * ((n + 1) * tokens * d + n * tokens * SEQ_LENGTH)
         assert totals["other losses, with projections", True] == pytest.approx(errors, rel=0.01)
         # A layer of the teacher: attention and both residual LayerNorms access 4 + 3 + 3 states in bf16, GELU 2, and
-        # the division of scores 2; attention writes a number per row and head. Weights are cast, those of Q, K and V
-        # after they are stacked.
+        # the division of scores 2; attention writes a number per row and head. Weights are cast.
         layer = 2 * (tokens * (10 * d + 2 * f) + 2 * tokens * SEQ_LENGTH) + 4 * tokens * CONFIG.num_attention_heads
-        layer += 14 * 3 * d * d + 6 * (d * d + 2 * d * f)
+        layer += 6 * (4 * d * d + 2 * d * f)
         assert totals["teacher: layers", True] == pytest.approx(n * layer, rel=0.001)
         if shape == prune.Shape.of(CONFIG):  # AdamW may change weights, gradients and moments, once in 4 micro-batches
             adamw = sum(o.bytes for o in operations if o.name == "_fused_adamw_")

@@ -13,7 +13,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 import data
 import distill
 import prune
-from model import Bert, BertConfig, Layer, LayerNorm, SelfAttention
+from model import Bert, BertConfig, Layer, LayerNorm
 from support import fast
 from support.checkpoint import load_model
 from support.session import Session
@@ -90,22 +90,6 @@ def test_every_process_must_have_enough_work(monkeypatch):
 
 
 # ---- Equal to the textbook forms -----------------------------------------------------------------------------
-
-
-def test_one_matmul_for_queries_keys_and_values_equals_three():
-    torch.manual_seed(0)
-    attention = SelfAttention(BertConfig(9, 12, 1, 3, 24, attention_head_size=2)).double()
-    for p in attention.parameters():
-        torch.nn.init.normal_(p)
-    x = torch.randn(2, 5, 12, dtype=torch.double, requires_grad=True)
-    weights = torch.randn(3, 2, 5, 6, dtype=torch.double)
-    results = []
-    for forward in (attention.forward, functools.partial(fast.one_matmul, attention)):
-        outputs = forward(x)
-        gradients = torch.autograd.grad((torch.stack(outputs) * weights).sum(), [x, *attention.parameters()])
-        results.append([*outputs, *gradients])
-    for expected, value in zip(*results, strict=True):
-        torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_a_layer_norm_rounds_only_its_output_to_bf16():
