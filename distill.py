@@ -181,12 +181,15 @@ class TrainingState:
     """Everything that the loop changes. A checkpoint holds all of it but the engine, which is built again."""
 
     step: int  # finished optimizer steps
-    shape: prune.Shape  # of the student
     distiller: Distiller
     optimizer: torch.optim.AdamW
     lineage: dict[str, torch.Tensor]  # group -> (units,), indices in the (aligned) teacher
     statistics: dict[str, dict[str, torch.Tensor]] = dataclasses.field(default_factory=dict)  # of importance
     engine: nn.Module | None = None  # the distiller, wrapped for several processes
+
+    @property
+    def shape(self) -> prune.Shape:
+        return prune.Shape.of(self.distiller.student.config)
 
     def wrap(self):
         self.engine = None  # the old wrapper holds the parameters from before the prune; free them first
@@ -209,7 +212,7 @@ def initial_state(args: argparse.Namespace, session: Session) -> TrainingState:
     if student.bert.pooler is not None:
         student.bert.pooler.requires_grad_(False)  # no loss reaches the pooler; it is only sliced
     distiller = Distiller(student, alphas, args.temperature, session.encoder).to(session.device).train()
-    state = TrainingState(0, session.teacher_shape, distiller, make_optimizer(distiller, args.weight_decay),
+    state = TrainingState(0, distiller, make_optimizer(distiller, args.weight_decay),
                           prune.teacher_indices(distiller))
     if args.align_heads and not session.saved:  # before a student is truncated
         align_heads(student, fit_batches(session, state.shape.hidden_size, step=0))
@@ -219,7 +222,6 @@ def initial_state(args: argparse.Namespace, session: Session) -> TrainingState:
         prefer_first = {group: -indices for group, indices in state.lineage.items()}  # in place of importance
         keep = prune.choose_units(prefer_first, state.shape, session.target_shape)
         prune.prune_units(distiller, keep, session.target_shape, state.optimizer, (state.lineage,))
-        state.shape = session.target_shape
         if args.init == "random":
             torch.manual_seed(args.seed)
             fresh = Bert(student.config, student.bert.pooler is not None, student.cls is not None)
@@ -307,7 +309,6 @@ def distill(args: argparse.Namespace, session: Session, state: TrainingState):
                     largest = max(map(len, keep.values()))  # units that one group keeps
                     compensate(distiller, keep, fit_batches(session, largest, state.step + 1))
                 prune.prune_units(distiller, keep, new_shape, optimizer, (state.lineage, *state.statistics.values()))
-                state.shape = new_shape
                 if new_shape == session.target_shape:
                     state.statistics = {}  # no longer needed
             state.wrap()  # DDP must be rebuilt around the new parameters

@@ -13,7 +13,6 @@ Metrics are in percent. Shape letters as in model.py, and C: outputs of a head, 
 import argparse
 import dataclasses
 import datetime
-import hashlib
 import itertools
 import json
 import re
@@ -34,7 +33,7 @@ from support.batches import Row, make_batch, training_batches
 from support.checkpoint import load_config, load_model, load_tokenizer, save_model, save_tokenizer
 from support.distributed import RANK, WORLD
 from support.errors import InputError, LocalError, run_program
-from support.files import atomic_rename, model_fingerprint, read_json, remove
+from support.files import atomic_rename, content_hash, model_fingerprint, read_json, remove
 from support.flags import COUNT, FRACTION, NONNEGATIVE, Parser, number
 from support.glue import GLUE_AVERAGE, TASKS, data_hash, encode, find_data, read_task
 from support.hub import find_model
@@ -78,8 +77,7 @@ class Job:
         """OUTPUT/MODEL/TASK-seedN. MODEL is the name of the model; one with "/" is shortened and gets a hash."""
         name = self.model
         if not re.fullmatch(r"\w[\w.-]{,50}", name):  # a folder name may have 255 bytes, a character up to 4 of them
-            digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-            name = re.sub(r"[^\w.-]+", "-", name)[-50:].strip(".-") + "-" + digest
+            name = re.sub(r"[^\w.-]+", "-", name)[-50:].strip(".-") + "-" + content_hash(name.encode())[:8]
         return output / name / f"{self.task}-seed{self.seed}"
 
     def is_finished(self, output: Path) -> bool:
@@ -102,7 +100,7 @@ class TaskModel(Bert):
     def __init__(self, bert: Bert, key: str):
         nn.Module.__init__(self)  # not Bert's, which would build and initialise another encoder
         self.config, self.bert, self.cls, self.kind = bert.config, bert.bert, None, TASKS[key].kind
-        head = Linear(self.config.hidden_size, {"span": 2, "regression": 1}.get(self.kind, len(TASKS[key].labels)))
+        head = Linear(self.config.hidden_size, len(TASKS[key].labels))
         nn.init.normal_(head.weight, std=self.config.initializer_range)
         if self.kind == "span":
             self.qa_outputs, self.bert.pooler = head, None
@@ -129,16 +127,13 @@ def task_loss(kind: str, logits, labels):
 
 def save_task_model(net: TaskModel, key: str, tokenizer, folder: Path):
     """Write a standard BertForSequenceClassification or BertForQuestionAnswering into an existing folder."""
-    save_model(net, folder)
-    save_tokenizer(tokenizer, folder, net.config.max_position_embeddings)
-    labels = TASKS[key].labels or [f"LABEL_{i}" for i in range(2 if net.kind == "span" else 1)]
-    config = read_json(folder / "config.json")
-    config["architectures"] = ["BertForQuestionAnswering" if net.kind == "span" else "BertForSequenceClassification"]
-    config["id2label"] = {str(i): name for i, name in enumerate(labels)}
-    config["label2id"] = {name: i for i, name in enumerate(labels)}
+    labels = TASKS[key].labels
+    config = {"architectures": ["BertForQuestionAnswering" if net.kind == "span" else "BertForSequenceClassification"],
+              "id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
     if net.kind != "span":
         config["problem_type"] = "regression" if net.kind == "regression" else "single_label_classification"
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_model(net, folder, **config)
+    save_tokenizer(tokenizer, folder, net.config.max_position_embeddings)
 
 
 # ---- Training and evaluation ---------------------------------------------------------------------------------
@@ -228,7 +223,7 @@ def write_predictions(folder: Path, net: TaskModel, rows: dict[str, list[Row]], 
         if test := rows.get(f"test{suffix}"):
             lines = ["index\tprediction"]
             for row, value in zip(test, predict(net, test, job, device), strict=True):
-                value = task.tsv_labels[value] if task.labels else f"{np.clip(value, 0, 5):.3f}"
+                value = task.tsv_labels[value] if task.tsv_labels else f"{np.clip(value, 0, 5):.3f}"
                 lines.append(f"{row.example.name}\t{value}")
             (folder / f"{task.title}{short}.tsv").write_text("\n".join(lines) + "\n")
 
@@ -358,7 +353,6 @@ def evaluate_models(args: argparse.Namespace):
     distributed.init_distributed(torch.device("cpu"), datetime.timedelta(days=7))
     todo = distributed.all_gather_objects(todo)[0]  # processes share what the first finds unfinished
     splits = {key: read_task(key, sources[key]) for key in dict.fromkeys(job.task for job in todo)}
-    args.output.mkdir(parents=True, exist_ok=True)
     for job in todo[RANK::WORLD]:
         job.folder(args.output).parent.mkdir(parents=True, exist_ok=True)  # training would be lost if this failed
         (job.folder(args.output) / "result.json").unlink(missing_ok=True)  # exists only with --overwrite

@@ -104,8 +104,9 @@ def compensate(distiller: nn.Module, keep: dict[str, torch.Tensor], batches: Ite
     bert.eval()
     for batch in batches:
         weight = torch.full((batch.input_ids.numel(), 1), UNMASKED_WEIGHT, device=batch.input_ids.device)
+        weight.index_fill_(0, batch.positions, 1.0)  # (T,1)
         for place in places:
-            place.weight = weight.index_fill(0, batch.positions, 1.0)  # (T,1)
+            place.weight = weight
         bert(batch.input_ids, batch.positions)
     bert.train(training)
     for hook in hooks:
@@ -148,7 +149,7 @@ def rescale(place: Place):
     new bias (k,). The readers could absorb more, but the residual stream takes the outputs as they are."""
     norm, keep = place.module, place.keep
     mean, mean_k, covariance, covariance_k = place.means_and_covariances()
-    scale = covariance[range(len(keep)), keep].sum() / covariance_k.trace().clamp(min=1e-12)
+    scale = covariance[:, keep].trace() / covariance_k.trace().clamp(min=1e-12)
     shift = mean[keep] - scale * mean_k
     norm.weight[keep] *= scale.to(norm.weight)
     norm.bias[keep] = (norm.bias[keep] * scale + shift).to(norm.bias)

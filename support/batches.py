@@ -29,25 +29,17 @@ class Row:
     SQuAD: a is the question, b a part of its context."""
 
     ids: np.ndarray  # (S,) token ids
-    first_length: int  # tokens in "[CLS] a [SEP]"
+    first_length: int  # tokens of type 0; of SQuAD, those before the context
     label: int | float | tuple[int, int]  # class, score, or first and last token of the answer
     example: Example
     offsets: np.ndarray | None = None  # SQuAD: (tokens of b, 2), the characters start:end of each in the context
     second_type: int = 1  # token type of b and what follows
 
 
-def pair_template(tokenizer) -> tuple[list[int], list[int], list[int], int]:
-    """What the tokenizer adds to a pair, "head a middle b tail", as token ids; and the token type of b. A single text
-    becomes "head a tail". XLM-R's middle is two separators, and its type of b is 0."""
-    length, pair = len(tokenizer.encode("a", add_special_tokens=False)), tokenizer.encode("a", "a")
-    a, b = pair.sequence_ids.index(0), pair.sequence_ids.index(1)
-    return pair.ids[:a], pair.ids[a + length : b], pair.ids[b + length :], pair.type_ids[b]
-
-
-def tokenise(texts: list[str], tokenizer) -> Iterator[Encoding]:
-    """The Encoding of every text, without special tokens."""
+def tokenise(texts: list, tokenizer, special: bool) -> Iterator[Encoding]:
+    """The Encoding of every text or pair of texts, with or without special tokens."""
     for start in range(0, len(texts), TOKENISE_AT_ONCE):
-        yield from tokenizer.encode_batch(texts[start : start + TOKENISE_AT_ONCE], add_special_tokens=False)
+        yield from tokenizer.encode_batch(texts[start : start + TOKENISE_AT_ONCE], add_special_tokens=special)
 
 
 def training_batches(rows: list[Row], batch_size: int, seed: int, epoch: int) -> list[list[Row]]:

@@ -78,15 +78,13 @@ def load_model(folder: Path) -> Bert:
     that are missing, unexpected or of the wrong shape."""
     config = load_config(folder)
     tensors = {standard_name(name): tensor for name, tensor in read_tensors(folder).items()}
-    unused = sorted(name for name in tensors if re.match(UNUSED, name))
-    if unused:
+    if unused := sorted(name for name in tensors if re.match(UNUSED, name)):
         print(f"{folder}: not part of this model and dropped: {', '.join(unused)}")
     tensors = {name: tensor for name, tensor in tensors.items() if name not in unused}
     decoder = tensors.pop("cls.predictions.decoder.weight", None)
     if decoder is not None and not torch.equal(decoder, tensors.get("bert.embeddings.word_embeddings.weight", decoder)):
         raise InputError(f"{folder}: cls.predictions.decoder.weight differs from the word embeddings; tie it to them")
-    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-    if broken:
+    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise InputError(f"{folder} is damaged: not all numbers are finite in {', '.join(broken[:8])}")
     with torch.device("meta"):  # takes no time: every tensor is assigned below
         model = Bert(config, pooler="bert.pooler.dense.weight" in tensors,
@@ -98,11 +96,12 @@ def load_model(folder: Path) -> Bert:
     return model
 
 
-def save_model(model: Bert, folder: Path, dtype: torch.dtype = torch.float32):
-    """Write config.json and model.safetensors with the standard names into an existing folder. dtype: of the file."""
+def save_model(model: Bert, folder: Path, dtype: torch.dtype = torch.float32, **more):
+    """Write config.json and model.safetensors with the standard names into an existing folder. dtype: of the file.
+    more: entries of config.json besides or instead of the usual ones."""
     config = model.config
     raw = {"architectures": ["BertModel" if model.cls is None else "BertForMaskedLM"], "model_type": "bert",
-           "position_embedding_type": "absolute", **dataclasses.asdict(config), "dtype": "float32"}
+           "position_embedding_type": "absolute", **dataclasses.asdict(config), "dtype": "float32", **more}
     if config.inner_size == config.hidden_size:
         del raw["attention_head_size"]
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
@@ -140,8 +139,7 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.special = special
-    missing = [token for token in tokenizer.special.values() if tokenizer.token_to_id(token) is None]
-    if missing:
+    if missing := [token for token in tokenizer.special.values() if tokenizer.token_to_id(token) is None]:
         raise InputError(f"{path}: {', '.join(missing)} not in the vocabulary; tokenizer_config.json must name the "
                          "special tokens, unless they are BERT's")
     if not tokenizer.num_special_tokens_to_add(is_pair=True):  # then the template of rows and pairs is BERT's

@@ -117,7 +117,7 @@ def synchronized_time(device: torch.device) -> float:
 def init_distributed(device: torch.device, timeout: datetime.timedelta = datetime.timedelta(minutes=10)):
     """Connect the processes that torchrun started. `timeout` limits each wait for the others; a process that dies is
     noticed at once."""
-    if WORLD > 1 and not dist.is_initialized():
+    if WORLD > 1:
         # With gloo beside nccl, Python objects are exchanged without the GPU.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
 

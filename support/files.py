@@ -70,6 +70,10 @@ def locked(folder: Path, wait: bool = True):
         os.close(descriptor)
 
 
+def content_hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
 def file_hash(path: Path) -> str:
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -85,4 +89,4 @@ def model_fingerprint(folder: Path) -> str:
     paths = sorted([*folder.iterdir(), *folder.glob("[0-9]*_*/*")])
     parts = [f"{path.relative_to(folder)} {file_hash(path)}" for path in paths
              if path == weight_file(path.parent) or path.name in MODEL_FILES]
-    return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
+    return content_hash("".join(parts).encode())

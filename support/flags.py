@@ -84,7 +84,7 @@ EVALUATION_FLAGS = (
     Flag("--log-every", 10, COUNT, "Steps between lines in log.jsonl."),
 )
 MAY_CHANGE_ON_RESUME = {  # these change the student by rounding at most, except for other draws of dropout and noise
-    "output", "overwrite", "resume", "save_minutes", "cache_dir", "eval_every", "eval_rows", "eval_prunes", "log_every",
+    "output", "resume", "save_minutes", "cache_dir", "eval_every", "eval_rows", "eval_prunes", "log_every",
     "micro_batch_size", "device", "teacher", "corpus"}  # the last two may have moved: Session compares their contents
 
 

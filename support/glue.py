@@ -6,14 +6,13 @@
 """
 
 import dataclasses
-import hashlib
 from pathlib import Path
 
 import numpy as np
 
-from support.batches import Example, Row, pair_template, tokenise
+from support.batches import Example, Row, tokenise
 from support.errors import InputError, one_line
-from support.files import file_hash
+from support.files import content_hash, file_hash
 from support.hub import hub_files
 from support.squad import read_squad
 
@@ -24,46 +23,40 @@ class Task:
     kind: str  # "classification", "regression" (one number) or "span" (first and last token of an answer)
     metrics: tuple[str, ...]
     columns: tuple[str, ...] = ()  # the one or two columns of text in the TSV file
-    labels: tuple[str, ...] = ()  # class names; a class is its index here, as in nyu-mll/glue
+    labels: tuple[str, ...] = ()  # names of the outputs: a class is its index here, as in nyu-mll/glue
     tsv_labels: tuple[str, ...] = ()  # the same classes as the TSV file writes them
     label_column: str = "label"  # in the TSV file
     suffixes: tuple[str, ...] = ("",)  # of "dev" and "test": MNLI has two of each, reported separately
     file: str = "{}.tsv"  # a glob pattern, with {} for the split
 
 
-ACCURACY, BINARY, PAIR = ("accuracy",), ("0", "1"), ("sentence1", "sentence2")
+ACCURACY, BINARY, PAIR, SPAN = ("accuracy",), ("0", "1"), ("sentence1", "sentence2"), ("LABEL_0", "LABEL_1")
 ENTAILMENT, NLI = ("entailment", "not_entailment"), ("entailment", "neutral", "contradiction")
 TASKS = {
     "cola": Task("CoLA", "classification", ("matthews",), ("sentence",), ("unacceptable", "acceptable"), BINARY),
     "sst2": Task("SST-2", "classification", ACCURACY, ("sentence",), ("negative", "positive"), BINARY),
     "mrpc": Task("MRPC", "classification", ("f1", "accuracy"), ("#1 String", "#2 String"),
                  ("not_equivalent", "equivalent"), BINARY, "Quality"),
-    "stsb": Task("STS-B", "regression", ("pearson", "spearman"), PAIR, label_column="score"),
+    "stsb": Task("STS-B", "regression", ("pearson", "spearman"), PAIR, ("LABEL_0",), label_column="score"),
     "qqp": Task("QQP", "classification", ("f1", "accuracy"), ("question1", "question2"),
                 ("not_duplicate", "duplicate"), BINARY, "is_duplicate"),
     "mnli": Task("MNLI", "classification", ACCURACY, PAIR, NLI, NLI, "gold_label", ("_matched", "_mismatched")),
     "qnli": Task("QNLI", "classification", ACCURACY, ("question", "sentence"), ENTAILMENT, ENTAILMENT),
     "rte": Task("RTE", "classification", ACCURACY, PAIR, ENTAILMENT, ENTAILMENT),
     "wnli": Task("WNLI", "classification", ACCURACY, PAIR, ("not_entailment", "entailment"), BINARY),
-    "squad": Task("SQuAD-v1.1", "span", ("exact_match", "f1"), file="{}-v1.1.json*"),  # perhaps .json.gz
-    "squad_v2": Task("SQuAD-v2.0", "span", ("exact_match", "f1"), file="{}-v2.0.json*"),
+    "squad": Task("SQuAD-v1.1", "span", ("exact_match", "f1"), (), SPAN, file="{}-v1.1.json*"),  # perhaps .json.gz
+    "squad_v2": Task("SQuAD-v2.0", "span", ("exact_match", "f1"), (), SPAN, file="{}-v2.0.json*"),
 }
 GLUE_AVERAGE = [key for key, task in TASKS.items() if task.kind != "span" and key != "wnli"]  # as in the BERT papers
 
 
 def encode(examples: list[Example], tokenizer, max_length: int) -> list[Row]:
     """Rows of at most `max_length` tokens. In a pair that is too long the longer text is truncated first."""
-    head, middle, tail, second_type = pair_template(tokenizer)
-    columns = [tokenise(column, tokenizer) for column in zip(*(example.texts for example in examples), strict=True)]
-    rows = []
-    for example, a, *second in zip(examples, *columns, strict=True):
-        a, b = a.ids, second[0].ids if second else []
-        room = max_length - len(head) - len(tail) - len(middle) * len(second)  # without [CLS] and [SEP]
-        if len(a) + len(b) > room:
-            a = a[: max(room - len(b), room - room // 2)]
-        first, rest = [*head, *a, *(middle if second else tail)], [*b[: room - len(a)], *tail] if second else []
-        ids = np.array(first + rest, np.int32)
-        rows.append(Row(ids, len(first), example.label, example, second_type=second_type))
+    texts = [example.texts if len(example.texts) == 2 else example.texts[0] for example in examples]
+    tokenizer.enable_truncation(max_length)
+    rows = [Row(np.array(encoding.ids, np.int32), encoding.type_ids.count(0), example.label, example)
+            for example, encoding in zip(examples, tokenise(texts, tokenizer, special=True), strict=True)]
+    tokenizer.no_truncation()  # the tokenizer is also saved
     return rows
 
 
@@ -82,7 +75,7 @@ def find_split(folder: Path, key: str, split: str) -> Path | None:
 def data_hash(folder: Path, key: str) -> str:
     """A hash of the task's files in its folder."""
     files = filter(None, (find_split(folder, key, split) for split in split_names(key)))
-    return hashlib.sha256("".join(map(file_hash, files)).encode()).hexdigest()[:16]
+    return content_hash("".join(map(file_hash, files)).encode())
 
 
 def find_data(root: str | None, keys: list[str], skip_missing: bool) -> dict[str, Path | None]:
@@ -173,7 +166,6 @@ def parse_label(text: str, task: Task) -> float:
 
 def read_hub(key: str) -> dict[str, list[Example]]:
     """Read a task from nyu-mll/glue, rajpurkar/squad or rajpurkar/squad_v2 on the hub. Raises InputError."""
-    import pyarrow
     import pyarrow.parquet
 
     repository, parent = (f"rajpurkar/{key}", "") if TASKS[key].kind == "span" else ("nyu-mll/glue", f"{key}/")

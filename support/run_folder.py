@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import hashlib
 import importlib.metadata
 import io
 import json
@@ -15,13 +14,9 @@ import torch
 
 from support.distributed import RANK, WORLD, all_gather_objects
 from support.errors import InputError
-from support.files import locked, read_json, remove, write_atomically
+from support.files import content_hash, locked, read_json, remove, write_atomically
 
 CHECKPOINTS_KEPT = 2
-
-
-def content_hash(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def check_output(output: Path, overwrite: bool):

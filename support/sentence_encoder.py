@@ -89,7 +89,7 @@ class SentenceEncoder:
         """Pooled vectors (N,D) of sentences, which are arrays of token ids with [CLS] and [SEP]."""
         device, parts = next(bert.parameters()).device, []
         for start in range(0, len(sentences), BATCH):
-            rows = [torch.from_numpy(ids.astype(np.int64)) for ids in sentences[start : start + BATCH]]
+            rows = [torch.from_numpy(ids) for ids in sentences[start : start + BATCH]]
             ids = nn.utils.rnn.pad_sequence(rows, True, bert.config.pad_token_id).to(device)  # (B,S)
             lengths = torch.tensor([len(row) for row in rows], device=device)  # (B,)
             mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]  # (B,S)

@@ -329,8 +329,7 @@ class Session:
     def restore(self, state):
         """Load the checkpoint into a new state: prune, then load weights, moments and statistics."""
         saved = self.saved
-        state.step, state.shape = saved["step"], prune.Shape(**saved["shape"])
-        state.lineage, state.statistics = saved["lineage"], saved["statistics"]
-        prune.prune_units(state.distiller, state.lineage, state.shape, state.optimizer)
+        state.step, state.lineage, state.statistics = saved["step"], saved["lineage"], saved["statistics"]
+        prune.prune_units(state.distiller, state.lineage, prune.Shape(**saved["shape"]), state.optimizer)
         state.distiller.load_state_dict(saved.pop("model"))
         state.optimizer.load_state_dict(saved.pop("optimizer"))

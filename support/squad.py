@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from support.batches import Example, Row, pair_template, tokenise
+from support.batches import Example, Row, tokenise
 from support.errors import InputError, LocalError, one_line
 
 # All three are BERT's values, in tokens.
@@ -46,6 +46,14 @@ def read_squad(path: Path, key: str) -> list[Example]:
     return questions
 
 
+def pair_template(tokenizer) -> tuple[list[int], list[int], list[int], int]:
+    """What the tokenizer adds to a pair, "head a middle b tail", as token ids; and the token type of b. XLM-R's middle
+    is two separators, and its type of b is 0."""
+    length, pair = len(tokenizer.encode("a", add_special_tokens=False)), tokenizer.encode("a", "a")
+    a, b = pair.sequence_ids.index(0), pair.sequence_ids.index(1)
+    return pair.ids[:a], pair.ids[a + length : b], pair.ids[b + length :], pair.type_ids[b]
+
+
 def make_windows(questions: list[Example], tokenizer, max_length: int, training: bool) -> list[Row]:
     """The windows of all questions, [CLS] question [SEP] part of the context [SEP]; those of one start STRIDE apart.
 
@@ -58,8 +66,8 @@ def make_windows(questions: list[Example], tokenizer, max_length: int, training:
     texts, contexts = zip(*(question.texts for question in questions), strict=True)
     contexts = list(dict.fromkeys(contexts))  # most have several questions
     encoded = {context: (encoding.ids, np.array(encoding.offsets, np.int32).reshape(-1, 2))
-               for context, encoding in zip(contexts, tokenise(contexts, tokenizer), strict=True)}
-    for question, text in zip(questions, tokenise(texts, tokenizer), strict=True):
+               for context, encoding in zip(contexts, tokenise(contexts, tokenizer, special=False), strict=True)}
+    for question, text in zip(questions, tokenise(texts, tokenizer, special=False), strict=True):
         context, offsets = encoded[question.texts[1]]
         ids = text.ids[: min(MAX_QUESTION_TOKENS, free // 2)]
         room, first_length = free - len(ids), len(head) + len(ids) + len(middle)

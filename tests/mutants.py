@@ -143,8 +143,9 @@ MUTANTS = [
     ("support/checkpoint.py", "tokenizer.post_processor = processors.BertProcessing(*ends)", "pass", "checkpoint", "without_a_template"),
     ("support/checkpoint.py", "for role, token in tokenizer.special.items()}", "for role, token in BERT_TOKENS.items()}", "checkpoint", "xlmr"),
     ("support/checkpoint.py", '"input_ids", "token_type_ids", "attention_mask"', '"input_ids", "attention_mask"', "checkpoint", "other_than_berts"),
-    ("support/glue.py", "*(middle if second else tail)", "*tail", "finetune", "rows_equal"),
-    ("support/glue.py", "second_type=second_type", "second_type=1", "finetune", "rows_equal"),
+    ("support/glue.py", "special=True", "special=False", "finetune", "rows_equal"),
+    ("support/glue.py", "encoding.type_ids.count(0)", "len(encoding.ids)", "finetune", "rows_equal"),
+    ("support/glue.py", "    tokenizer.no_truncation()", "    pass", "finetune", "rows_equal"),
     ("support/squad.py", "*ids, *middle, *context", "*ids, *tail, *context", "squad", "xlmr"),
     # evaluation
     ("support/evaluation.py", "F.kl_div(log_q, log_p", "F.kl_div(log_p, log_q", "distill", "evaluations_are_means"),
