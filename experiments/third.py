@@ -12,7 +12,7 @@ LONG = {"learning_rate": 2e-3, "steps": 20_000, "eval_every": 1000, "precision":
 RUNS = {
     "rows": ({"learning_rate": 2e-3}, ITERATIVE | SINGLE | EXTENSIONS),
     "other_rows": ({"learning_rate": 1e-3}, ITERATIVE | SINGLE | TRUNCATED),
-    "long_rows": (LONG, {"iterative, t_f = 0.3 T": {"prune_end": 0.3}} | SINGLE)}
+    "long_rows": (LONG, {"iterative, t_f = 0.3 T": {"prune_end": 0.3}} | SINGLE | TRUNCATED)}
 FINETUNE = ["--task", "cola", "mrpc", "stsb", "rte", "--learning-rate", 2e-4, "--precision", "bf16",
             "--seeds", 0, 1, 2]
 
