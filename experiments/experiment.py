@@ -145,14 +145,14 @@ def compare(arms: dict[str, dict], seeds: list[int], corpus: str, teacher=None, 
     return [rows[arm, seed] for arm in arms for seed in seeds]
 
 
-def finetuned(model: Path, data: str, flags: list, more=lambda folder: {}) -> dict[str, list[dict]]:
-    """Fine-tune a model with finetune.py and these flags: task -> for every seed the metrics on dev, and what `more`
-    measures of the fine-tuned model's folder."""
+def finetuned(model: Path, data: str, tasks: list[str], flags: list, more=lambda folder: {}) -> dict[str, list[dict]]:
+    """Fine-tune a model on these tasks with finetune.py and these flags: task -> for every seed the metrics on dev, and
+    what `more` measures of the fine-tuned model's folder."""
     output, metrics = RUNS / "finetuned", {}
-    program("finetune.py", "--model", model, "--data", data, "--output", output, *flags)
+    program("finetune.py", "--model", model, "--task", *tasks, "--data", data, "--output", output, *flags)
     for path in sorted(output.glob("*/*/result.json")):
         result = json.loads(path.read_text())
-        if result["model"] == str(model):
+        if result["model"] == str(model) and result["task"] in tasks:
             metrics.setdefault(result["task"], []).append(result["metrics"] | more(path.parent))
     return metrics
 

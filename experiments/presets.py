@@ -17,7 +17,7 @@ ARMS = {
 }
 RATES = 5e-4, 1e-3, 2e-3
 SEARCH = {"steps": 150, "eval_every": 150, "eval_rows": 16, "log_every": 1}
-FINETUNE = ["--task", "stsb", "--learning-rate", 2e-4, "--precision", "fp32", "--seeds", 0]
+FINETUNE = ["--learning-rate", 2e-4, "--precision", "fp32", "--seeds", 0]
 
 
 def training_kl(run) -> dict:
@@ -28,7 +28,7 @@ def training_kl(run) -> dict:
 
 def finetuned(model, data: str) -> dict:
     """The Spearman correlation on STS-B dev, in percent, of the model fine-tuned with each seed."""
-    return {"stsb": [metrics["spearman"] for metrics in experiment.finetuned(model, data, FINETUNE)["stsb"]]}
+    return {"stsb": [metrics["spearman"] for metrics in experiment.finetuned(model, data, ["stsb"], FINETUNE)["stsb"]]}
 
 
 def measure(args) -> dict:

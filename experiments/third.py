@@ -13,13 +13,13 @@ RUNS = {
     "rows": ({"learning_rate": 2e-3}, ITERATIVE | SINGLE | EXTENSIONS),
     "other_rows": ({"learning_rate": 1e-3}, ITERATIVE | SINGLE | TRUNCATED),
     "long_rows": (LONG, {"iterative, t_f = 0.3 T": {"prune_end": 0.3}} | SINGLE | TRUNCATED)}
-FINETUNE = ["--task", "cola", "mrpc", "stsb", "rte", "--learning-rate", 2e-4, "--precision", "bf16",
-            "--seeds", 0, 1, 2]
+TASKS = ["cola", "mrpc", "stsb", "rte"]
+FINETUNE = ["--learning-rate", 2e-4, "--precision", "bf16", "--seeds", 0, 1, 2]
 
 
 def measure(args) -> dict:
     def glue(run) -> dict:
-        return {"glue": experiment.finetuned(run / "student", args.data, FINETUNE)}
+        return {"glue": experiment.finetuned(run / "student", args.data, TASKS, FINETUNE)}
 
     result = {}
     for rows, (flags, arms) in RUNS.items():

@@ -54,8 +54,7 @@ def finetuned(model: Path, task: str, data: str) -> list[dict]:
         return {precision: finetune.evaluate(InOnnxruntime(folder, task, precision), rows, job, torch.device("cpu"))
                 for precision in ("float32", "int8")}
 
-    flags = ["--task", task, "--seeds", *SEEDS[task], *FINETUNE]
-    return experiment.finetuned(model, data, flags, more=in_onnxruntime)[task]
+    return experiment.finetuned(model, data, [task], [*FINETUNE, "--seeds", *SEEDS[task]], more=in_onnxruntime)[task]
 
 
 def measure(args) -> dict:
