@@ -27,7 +27,8 @@ def onnx_files(folder: Path) -> dict[str, Path]:
         student = export_onnx.Student(folder)
         student.bert.cls = None  # onnxruntime would compute the logits even if nobody asked for them
         export_onnx.export(student, files["float32"])
-        export_onnx.quantize(files["float32"], files["int8"])
+        export_onnx.quantize(files["float32"], unfinished := files["int8"].with_suffix(".unfinished"))
+        unfinished.rename(files["int8"])
     return files
 
 

@@ -3,7 +3,6 @@
 The fine-tuned models are judged in float32 and in int8, with the encoder in onnxruntime.
 """
 
-import statistics
 from pathlib import Path
 
 import experiment
@@ -23,8 +22,8 @@ FLAGS = {"preset": "imitation", "learning_rate": 1e-3, "steps": 3000, "eval_ever
 FINETUNE = ["--learning-rate", 2e-4, "--precision", "bf16"]
 SEEDS = {"stsb": [0, 1, 2], "sst2": [0]}  # of the fine-tuning
 METRICS = {"stsb": ("spearman", "STS-B dev, Spearman (percent)"), "sst2": ("accuracy", "SST-2 dev, accuracy (percent)")}
-LIBRARIES = {"transformers": (experiment.OTHER, "float32"), "onnxruntime float32": (experiment.PAPER, "float32"),
-             "onnxruntime int8": (experiment.OURS, "int8")}  # colour and precision
+LIBRARIES = {"transformers": ("#707070", "float32"), "onnxruntime float32": ("#009E73", "float32"),
+             "onnxruntime int8": ("#CC6677", "int8")}  # colour and precision
 
 
 class InOnnxruntime(nn.Module):
@@ -44,7 +43,7 @@ class InOnnxruntime(nn.Module):
 
 
 def finetuned(model: Path, task: str, data: str) -> list[dict]:
-    """For every seed the metrics on dev in float32 and in int8."""
+    """For every seed the metrics on dev: as finetune.py measured them and, by name, in "float32" and in "int8"."""
     examples = read_task(task, find_data(data, [task], skip_missing=False)[task])["dev"]
 
     def in_onnxruntime(folder: Path) -> dict:
@@ -71,23 +70,20 @@ def measure(args) -> dict:
     return {"flags": FLAGS, "finetuning": FINETUNE, "rows": [row | times[row["arm"]] for row in rows]}
 
 
-def score(row: dict, task: str, metric: str, precision: str) -> float:
-    """The mean over the fine-tuning seeds."""
-    return statistics.fmean(each[precision][metric] for each in row[task])
-
-
 def draw(result: dict):
     figure, axes = experiment.panels(
-        "Narrower students are faster; below half the width STS-B falls steeply",
-        "6 × 384, 3,000 steps of 8 x 128 tokens of Wikipedia, preset imitation; a student per width, fine-tuned "
-        f"{len(SEEDS['stsb'])} times on STS-B and once on SST-2; {result['threads']} threads",
+        "Narrower students are faster; with this budget, STS-B falls steeply below half the width",
+        "6 × 384, 3,000 steps of 8 x 128 tokens of Wikipedia, preset imitation; fine-tuned with "
+        f"{len(SEEDS['stsb'])} seeds (STS-B, ± standard deviation) and one (SST-2); {result['threads']} threads",
         2, 4.2)
     for axis, (task, (metric, label)) in zip(axes, METRICS.items(), strict=True):
         for library, (colour, precision) in LIBRARIES.items():
-            points = [(row[library][1], score(row, task, metric, precision)) for row in result["rows"]]
-            axis.plot(*zip(*points, strict=True), marker="o", color=colour, label=library)
+            medians = [row[library][1] for row in result["rows"]]
+            means, deviations = zip(*(experiment.mean_and_deviation([each[precision][metric] for each in row[task]])
+                                      for row in result["rows"]), strict=True)
+            axis.errorbar(medians, means, deviations, marker="o", color=colour, label=library, capsize=3)
             if library == "transformers":  # the slowest: to its right there is room
-                for row, point in zip(result["rows"], points, strict=True):
+                for row, *point in zip(result["rows"], medians, means, strict=True):
                     axis.annotate(row["arm"], point, (7, -5), textcoords="offset points", fontsize="small")
         axis.set(xlabel="milliseconds per row of 128 tokens", ylabel=label)
         axis.margins(0.2, 0.1)
