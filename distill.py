@@ -53,7 +53,8 @@ METHOD_FLAGS = (
     Flag("--target-width", None, int, "Hidden size D of the student. Default: half of the teacher's."),
     Flag("--target-intermediate", None, int, "Feed-forward size F of the student. Default: in proportion to D."),
     Flag("--target-heads", None, int, "Attention heads H of the student. Default: the largest number, from the "
-         "teacher's down to half of it, that divides D into heads no wider than the teacher's."),
+         "teacher's down to half of it, that divides D into heads no wider than the teacher's. Fewer heads of 16 "
+         "dimensions did better in our runs than more of 8."),
     Flag("--steps", 28_000, COUNT, "Optimizer steps."),
     Flag("--batch-size", 4096, COUNT, "Rows per step, over all micro-batches and processes."),
     Flag("--learning-rate", 3e-4, NONNEGATIVE, "Peak learning rate. The paper uses 6e-4 for its smaller students."),
