@@ -9,6 +9,7 @@ import math
 import os
 import shlex
 import signal
+import statistics
 import time
 from pathlib import Path
 
@@ -278,7 +279,7 @@ class Session:
         self.step_seconds.append(time.perf_counter() - self.step_start)
         self.progress.update()
         if len(self.step_seconds) == ESTIMATE_AFTER and not is_final:
-            left = datetime.timedelta(seconds=round(sum(self.step_seconds) / ESTIMATE_AFTER * (args.steps - step)))
+            left = datetime.timedelta(seconds=round(statistics.median(self.step_seconds) * (args.steps - step)))
             self.progress.write(f"about {left} left, less as the student shrinks; for a shorter run use fewer --steps")
         if step % args.log_every == 0 or is_final:
             self.log_training(state, losses, rate, gradient_norm)

@@ -846,8 +846,8 @@ def test_the_size_of_the_run_is_printed_before_anything_is_downloaded(tmp_path, 
 
 
 def test_passes_over_the_corpus_and_the_time_left_are_printed(run, capsys, monkeypatch):
-    """The clock is read at the end of a step and when it goes on, so here a step takes ten seconds."""
-    clock = itertools.count(0, 10)
+    """The clock is read at the end of a step and when it goes on, so here a step takes ten seconds; the first, 100."""
+    clock = itertools.chain([0], itertools.count(100, 10))
     monkeypatch.setattr(session, "time", SimpleNamespace(perf_counter=lambda: next(clock), monotonic=time.monotonic))
     code, _ = run("--steps", 8, *FEW_EVALUATIONS)
     printed = capsys.readouterr().out
