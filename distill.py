@@ -53,8 +53,8 @@ METHOD_FLAGS = (
     Flag("--target-width", None, int, "Hidden size D of the student. Default: half of the teacher's."),
     Flag("--target-intermediate", None, int, "Feed-forward size F of the student. Default: in proportion to D."),
     Flag("--target-heads", None, int, "Attention heads H of the student. Default: the largest number, from the "
-         "teacher's down to half of it, that divides D into heads no wider than the teacher's. Fewer heads of 16 "
-         "dimensions did better in our runs than more of 8."),
+         "teacher's down to half of it, that divides D into heads no wider than the teacher's. In our runs, "
+         "heads of 16 dimensions did better than twice as many of 8."),
     Flag("--steps", 28_000, COUNT, "Optimizer steps."),
     Flag("--batch-size", 4096, COUNT, "Rows per step, over all micro-batches and processes."),
     Flag("--learning-rate", 3e-4, NONNEGATIVE, "Peak learning rate. The paper uses 6e-4 for its smaller students."),
@@ -213,8 +213,8 @@ def initial_state(args: argparse.Namespace, session: Session) -> TrainingState:
     if student.bert.pooler is not None:
         student.bert.pooler.requires_grad_(False)  # no loss reaches the pooler; it is only sliced
     distiller = Distiller(student, alphas, args.temperature, session.encoder).to(session.device).train()
-    state = TrainingState(0, distiller, make_optimizer(distiller, args.weight_decay),
-                          prune.teacher_indices(distiller))
+    optimizer = make_optimizer(distiller, args.weight_decay)
+    state = TrainingState(0, distiller, optimizer, prune.teacher_indices(distiller))
     if args.align_heads and not session.saved:  # before a student is truncated
         align_heads(student, fit_batches(session, state.shape.hidden_size, step=0))
     if session.saved:

@@ -20,7 +20,7 @@ REPEATS = 9
 
 def onnx_files(folder: Path) -> dict[str, Path]:
     """"float32" and "int8": the checkpoint in `folder`, without its masked-LM head."""
-    files = {name: experiment.RUNS / "onnx" / model_fingerprint(folder)[:16] / f"{name}.onnx"
+    files = {name: experiment.RUNS / "onnx" / model_fingerprint(folder) / f"{name}.onnx"
              for name in ("float32", "int8")}
     if not files["int8"].is_file():
         files["int8"].parent.mkdir(parents=True, exist_ok=True)
