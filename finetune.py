@@ -41,10 +41,10 @@ from support.metrics import METRICS, squad_scores
 from support.squad import best_answers, make_windows
 
 DEFAULTS = {"learning_rate": 5e-5, "epochs": 3, "batch_size": 32, "max_length": 128}
-TASK_DEFAULTS = {  # where they differ; small data sets need more epochs
-    "cola": {"epochs": 6},
-    **dict.fromkeys(("mrpc", "stsb"), {"epochs": 5}),
-    "rte": {"epochs": 6, "batch_size": 16, "max_length": 256},
+BASE_WIDTH = 768  # of BERT-base: for other widths, default learning rates are in inverse proportion to the width
+TASK_DEFAULTS = {  # where they differ; small data sets need more epochs (Mosbach et al., 2021), above all narrow models
+    **dict.fromkeys(("cola", "mrpc", "stsb"), {"epochs": 10}),
+    "rte": {"epochs": 10, "batch_size": 16, "max_length": 256},
     "wnli": {"learning_rate": 1e-5},  # its dev split contradicts the training split, so less training is better
     **dict.fromkeys(("squad", "squad_v2"), {"epochs": 2, "batch_size": 16, "max_length": 384}),
 }
@@ -250,7 +250,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--seeds", nargs="+", type=number(int, 0, 2**32 - 1), default=[0], help="Random seeds, one result each. [0]")
     add("--epochs", type=COUNT, help=f"Passes over the training split. {default('epochs')}")
     add("--max-steps", type=COUNT, help="Maximum optimizer steps. Default: no maximum.")
-    add("--learning-rate", type=number(float, 1e-9, 1), help=f"Peak learning rate. {default('learning_rate')}")
+    add("--learning-rate", type=number(float, 1e-9, 1), help="Peak learning rate. Default: that in brackets "
+        f"times {BASE_WIDTH} / hidden size, because narrow models need larger ones. {default('learning_rate')}")
     add("--batch-size", type=COUNT, help=f"Rows per step. {default('batch_size')}")
     add("--warmup", type=FRACTION, default=0.1, help="Fraction of steps with a rising learning rate. [%(default)s]")
     add("--weight-decay", type=NONNEGATIVE, default=0.01, help="Weight decay of the matrices. [%(default)s]")
@@ -303,7 +304,9 @@ def make_jobs(model: str, args: argparse.Namespace, sources: dict[str, Path | No
     given = {flag: getattr(args, flag) for flag in flags if getattr(args, flag) is not None}
     jobs = []
     for key, source in sources.items():
-        settings = DEFAULTS | TASK_DEFAULTS.get(key, {}) | given
+        settings = DEFAULTS | TASK_DEFAULTS.get(key, {})
+        settings["learning_rate"] *= BASE_WIDTH / bert.config.hidden_size
+        settings |= given
         settings["max_length"] = min(settings["max_length"], positions)
         data = data_hash(source, key) if source else "hub"
         jobs += [Job(model, key, seed, data, weights, bf16, **settings) for seed in dict.fromkeys(args.seeds)]

@@ -17,7 +17,7 @@ ARMS = {
 }
 RATES = 5e-4, 1e-3, 2e-3
 SEARCH = {"steps": 150, "eval_every": 150, "eval_rows": 16, "log_every": 1}
-FINETUNE = ["--learning-rate", 2e-4, "--precision", "fp32", "--seeds", 0]
+FINETUNE = ["--precision", "fp32", "--seeds", 0]
 
 
 def training_kl(run) -> dict:

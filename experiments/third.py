@@ -14,7 +14,7 @@ RUNS = {
     "other_rows": ({"learning_rate": 1e-3}, ITERATIVE | SINGLE | TRUNCATED),
     "long_rows": (LONG, {"iterative, t_f = 0.3 T": {"prune_end": 0.3}} | SINGLE | TRUNCATED)}
 TASKS = ["cola", "mrpc", "stsb", "rte"]
-FINETUNE = ["--learning-rate", 2e-4, "--precision", "bf16", "--seeds", 0, 1, 2]
+FINETUNE = ["--precision", "bf16", "--seeds", 0, 1, 2]
 
 
 def measure(args) -> dict:

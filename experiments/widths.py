@@ -19,7 +19,7 @@ from support.glue import TASKS, encode, find_data, read_task
 
 WIDTHS = {"3/4": 288, "1/2": 192, "1/3": 128, "1/4": 96}
 FLAGS = {"preset": "imitation", "learning_rate": 1e-3, "steps": 3000, "eval_every": 500, "precision": "bf16", "seed": 0}
-FINETUNE = ["--learning-rate", 2e-4, "--precision", "bf16"]
+FINETUNE = ["--precision", "bf16"]
 SEEDS = {"stsb": [0, 1, 2], "sst2": [0]}  # of the fine-tuning
 METRICS = {"stsb": ("spearman", "STS-B dev, Spearman (percent)"), "sst2": ("accuracy", "SST-2 dev, accuracy (percent)")}
 LIBRARIES = {"transformers": ("#707070", "float32"), "onnxruntime float32": ("#009E73", "float32"),

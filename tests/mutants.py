@@ -338,6 +338,7 @@ MUTANTS = [
     ("teachers/train_teacher.py", "if not len(phases[1]) or not len(heldout):", "if False:", "teachers", "refuses"),
     ("teachers/train_teacher.py", "if not loss.isfinite():", "if False:", "teachers", "refuses"),
     ("finetune.py", 'type=lambda name: name.rstrip("/") or name, ', "", "finetune", "slash"),
+    ("finetune.py", "BASE_WIDTH / bert.config.hidden_size", "1", "finetune", "task_defaults"),
     ("finetune.py", "data_hash(source, key) if source", "str(source) if source", "finetune", "moves or other_data"),
     ("experiments/experiment.py", " and origin.items() <= row.items()", "", "experiments", "saved_results"),
     ("experiments/experiment.py", 'in results if result["base"] == BASE', "in results", "experiments", "saved_results"),

@@ -452,7 +452,8 @@ def test_every_training_flag_reaches_the_loop(start, recorded):
 def test_task_defaults_apply_to_flags_that_are_not_given(start, recorded):
     assert start("--max-steps", 1) == 0
     settings = recorded[0]
-    assert (settings.learning_rate, settings.epochs, settings.batch_size, settings.max_length) == (5e-5, 6, 16, 64)
+    assert (settings.epochs, settings.batch_size, settings.max_length) == (10, 16, 64)
+    assert settings.learning_rate == pytest.approx(5e-5 * 768 / 32)
     assert set(finetune.TASK_DEFAULTS) <= set(TASKS)
 
 
