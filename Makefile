@@ -1,6 +1,6 @@
 # make distill: create an environment and run the demonstration.
 # make test: create an environment and run all tests, including the slow ones in tests/reliability/.
-# make test-faults: inject faults into hundreds of small runs (kills, full disks, damaged files); takes minutes.
+# make test-faults: inject faults into thousands of small runs (kills, full disks, damaged files); takes minutes.
 # make mutants: break the code in some 300 ways, one by one, each of which a test must catch; takes 7 minutes.
 # make figures: redraw every picture from its saved result.
 PYTHON ?= python3
