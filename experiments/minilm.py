@@ -28,7 +28,7 @@ from support.squad import read_squad
 
 SEARCH = {"steps": 150, "batch_size": 16}
 HALF, HALF_RATES = {"steps": 7324, "batch_size": 32}, (6e-4, 1.2e-3, 2.4e-3)
-THIRD = HALF | {"target_width": 128}
+THIRD = {"steps": 750, "batch_size": 32, "target_width": 128}
 LAYERS, LAYER_RATES = {"steps": 4750, "batch_size": 32}, (3e-4, 1e-3, 3e-3)  # about the time of HALF
 PARAGRAPHS = 2000
 
