@@ -162,8 +162,8 @@ def draw(result: dict):
             colour = colours.get(row["arm"], experiment.OURS)
             point = row["onnxruntime float32"][1], row[f"{key}_own"]
             axis.plot(*point, "o", color=colour)
-            offset = (6, 6) if row["arm"] in colours else (6, -14)
-            axis.annotate(row["arm"], point, offset, textcoords="offset points", color=colour)
+            place, side = ((-7, -4), "right") if row["arm"] == "half the width" else ((7, -4), "left")
+            axis.annotate(row["arm"], point, place, textcoords="offset points", ha=side, color=colour)
         axis.set(xlabel="milliseconds per row of 128 tokens in onnxruntime", ylabel=label)
         axis.margins(x=0.3, y=0.2)
         axis.set_xlim(left=0)
