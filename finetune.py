@@ -41,8 +41,8 @@ from support.metrics import METRICS, squad_scores
 from support.squad import best_answers, make_windows
 
 DEFAULTS = {"learning_rate": 5e-5, "epochs": 3, "batch_size": 32, "max_length": 128}
-BASE_WIDTH = 768  # of BERT-base: for other widths, default learning rates are in inverse proportion to the width
-TASK_DEFAULTS = {  # where they differ; small data sets need more epochs (Mosbach et al., 2021), above all narrow models
+BASE_WIDTH = 768  # of BERT-base; for other widths, default learning rates are in inverse proportion to the width
+TASK_DEFAULTS = {  # where they differ; small data sets need more epochs (Zhang et al., 2021, arXiv:2006.05987)
     **dict.fromkeys(("cola", "mrpc", "stsb"), {"epochs": 10}),
     "rte": {"epochs": 10, "batch_size": 16, "max_length": 256},
     "wnli": {"learning_rate": 1e-5},  # its dev split contradicts the training split, so less training is better
@@ -250,8 +250,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--seeds", nargs="+", type=number(int, 0, 2**32 - 1), default=[0], help="Random seeds, one result each. [0]")
     add("--epochs", type=COUNT, help=f"Passes over the training split. {default('epochs')}")
     add("--max-steps", type=COUNT, help="Maximum optimizer steps. Default: no maximum.")
-    add("--learning-rate", type=number(float, 1e-9, 1), help="Peak learning rate. Default: that in brackets "
-        f"times {BASE_WIDTH} / hidden size, because narrow models need larger ones. {default('learning_rate')}")
+    add("--learning-rate", type=number(float, 1e-9, 1), help="Peak learning rate. Default: the value in "
+        f"brackets times {BASE_WIDTH} / hidden size: narrow models need larger ones. {default('learning_rate')}")
     add("--batch-size", type=COUNT, help=f"Rows per step. {default('batch_size')}")
     add("--warmup", type=FRACTION, default=0.1, help="Fraction of steps with a rising learning rate. [%(default)s]")
     add("--weight-decay", type=NONNEGATIVE, default=0.01, help="Weight decay of the matrices. [%(default)s]")
@@ -324,7 +324,8 @@ def run_jobs(jobs: list[Job], splits: dict[str, dict], output: Path, device):
             else:
                 rows[split] = encode(source, tokenizer, length)
         for job in group:
-            print(f"{job}: {len(rows['train']):,} training rows", flush=True)
+            print(f"{job}: {len(rows['train']):,} training rows, {job.epochs} epochs, learning rate "
+                  f"{job.learning_rate:.3g}", flush=True)
             net, best = fine_tune(folder, rows, job, device)
             target = job.folder(output)
             work = target.with_name(f".{target.name}.unfinished")
